@@ -1,0 +1,156 @@
+"""Read ``(inputs, labels, groups)`` out of whatever a data loader yields, and logits out of whatever a model returns.
+
+Understood as they are: ``(x, y)``; ``(x, y, group)``; ``(x, y, metadata)`` as wilds yields it, given the dataset's
+grouper; a mapping with the keys ``x``/``image``/``images``/``pixel_values``/``input_ids``/…, ``y``/``label``/``labels``/``target``
+and ``group``/``groups``/``g``/``metadata``.
+
+**Any other batch:** define one method on your LightningModule::
+
+    def unpack_batch(self, batch):
+        return x, y, group        # group may be None
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_INPUT_KEYS = ("x", "image", "images", "img", "input", "inputs", "pixel_values", "data")
+_LABEL_KEYS = ("y", "label", "labels", "target", "targets", "class")
+_GROUP_KEYS = ("group", "groups", "g", "group_id")
+_METADATA_KEYS = ("metadata", "meta")
+
+
+class Batch(NamedTuple):
+    """Inputs (whatever the model takes), labels ``(B,)`` int64, groups ``(B,)`` int64 or ``None``."""
+
+    x: Any
+    y: Tensor
+    group: Tensor | None = None
+
+
+def unpack_batch(
+    batch: Any, module: nn.Module | None = None, grouper: Callable[[Tensor], Tensor] | None = None
+) -> Batch:
+    """Read a batch (forms: see the module docstring).
+
+    Args:
+        batch: what a data loader yields.
+        module: asked first, if it has an ``unpack_batch`` method.
+        grouper: turns a metadata matrix ``(B, M)`` into groups ``(B,)``, e.g. ``metadata_to_group`` of a wilds
+            ``CombinatorialGrouper``.  Without it groups are ``None`` where only metadata is in the batch.
+
+    Raises:
+        TypeError: the batch has a form that cannot be read; the message says how to adapt it.
+        ValueError: labels are not integers of shape ``(B,)`` or are negative, or groups have another length.
+    """
+    own = getattr(module, "unpack_batch", None)
+    if callable(own):
+        parts = tuple(own(batch))
+    elif isinstance(batch, Mapping):
+        parts = _from_mapping(batch)
+    elif isinstance(batch, list | tuple) and len(batch) in (2, 3):
+        parts = tuple(batch)
+    else:
+        raise TypeError(_unreadable(batch))
+    if len(parts) not in (2, 3) or not isinstance(parts[1], Tensor):
+        raise TypeError(_unreadable(batch))
+    x, y, extra = (*parts, None)[:3]
+    return Batch(x, _check_labels(y), _to_group(extra, len(y), grouper))
+
+
+def batch_size(batch: Batch) -> int:
+    """Number of examples."""
+    return int(batch.y.shape[0])
+
+
+def apply_model(model: nn.Module, x: Any) -> Tensor:
+    """Logits ``(B, C)`` of ``model`` for the inputs of a :class:`Batch`; a mapping of inputs goes in by keyword.
+
+    A single logit per example becomes two, ``(0, z)``, so that binary heads with one output need no special case.
+
+    Raises:
+        TypeError: the output holds no logits tensor.
+        ValueError: it is not of shape ``(B, C)``.
+    """
+    output = model(**x) if isinstance(x, Mapping) else model(x)
+    return as_logits(output)
+
+
+def as_logits(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, ``output.logits``, ``output["logits"]``, or the first of a tuple."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", output[0] if isinstance(output, tuple | list) and output else None)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            "The model's output holds no logits. Return a tensor (B, C), an object with '.logits', a mapping with the "
+            "key 'logits', or a tuple that starts with the logits."
+        )
+    if output.ndim == 1:
+        output = output[:, None]
+    if output.ndim != 2:
+        raise ValueError(f"Logits must have the shape (B, C), got {tuple(output.shape)}.")
+    return torch.cat([torch.zeros_like(output), output], 1) if output.shape[1] == 1 else output
+
+
+def _from_mapping(batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    def pick(keys: tuple[str, ...]) -> Any:
+        return next((batch[k] for k in keys if k in batch), None)
+
+    y, group, x = pick(_LABEL_KEYS), pick(_GROUP_KEYS), pick(_INPUT_KEYS)
+    if group is None:
+        group = pick(_METADATA_KEYS)
+    if x is None:  # a tokenizer's output: every other key is an input of the model
+        known = {*_LABEL_KEYS, *_GROUP_KEYS, *_METADATA_KEYS}
+        x = {k: v for k, v in batch.items() if k not in known} if "input_ids" in batch else None
+    if x is None or y is None:
+        raise TypeError(_unreadable(batch))
+    return x, y, group
+
+
+def _check_labels(y: Tensor) -> Tensor:
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1:
+        raise ValueError(f"Labels must be class indices of shape (B,), got {tuple(y.shape)}.")
+    if y.is_floating_point():
+        if not bool((y == y.round()).all()):
+            raise ValueError("Labels must be class indices, got fractional numbers.")
+    elif y.dtype == torch.bool:
+        y = y.int()
+    y = y.long()
+    if y.numel() and int(y.min()) < 0:
+        raise ValueError(f"Labels must be class indices from 0 up, got {int(y.min())}.")
+    return y
+
+
+def _to_group(extra: Any, size: int, grouper: Callable[[Tensor], Tensor] | None) -> Tensor | None:
+    if not isinstance(extra, Tensor):
+        return None
+    if extra.ndim == 2:
+        if grouper is None:
+            return None
+        extra = grouper(extra)
+    if extra.shape != (size,) or extra.is_floating_point():
+        raise ValueError(f"Groups must be integers of shape ({size},), got {extra.dtype} {tuple(extra.shape)}.")
+    if extra.numel() and int(extra.min()) < 0:
+        raise ValueError(f"Groups must be indices from 0 up, got {int(extra.min())}.")
+    return extra.long()
+
+
+def _unreadable(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        form = f"a mapping with the keys {sorted(map(str, batch))}"
+    elif isinstance(batch, list | tuple):
+        form = f"a {type(batch).__name__} of ({', '.join(type(b).__name__ for b in batch)})"
+    else:
+        form = type(batch).__name__
+    return (
+        f"Cannot read a batch that is {form}. Yield (x, y), (x, y, group), or a dict with 'x', 'y' and 'group'; or define "
+        "`unpack_batch(self, batch)` on your LightningModule and return (x, y, group or None)."
+    )

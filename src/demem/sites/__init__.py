@@ -1,0 +1,20 @@
+"""Where units live: find layers by name, read their activations, gate them, bake gates into weights."""
+
+from demem.sites.find import Site, check_finite, default_sites, find_head, find_sites, named_layers
+from demem.sites.gate import Gates, bake_gates, remove_gates
+from demem.sites.read import ActivationReader, Reduce, reduce_activation
+
+__all__ = [
+    "ActivationReader",
+    "Gates",
+    "Reduce",
+    "Site",
+    "bake_gates",
+    "check_finite",
+    "default_sites",
+    "find_head",
+    "find_sites",
+    "named_layers",
+    "reduce_activation",
+    "remove_gates",
+]

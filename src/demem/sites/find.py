@@ -1,0 +1,292 @@
+"""Name the places in a network where units live.
+
+A *site* is one side (output or input) of one layer; a *unit* is one channel of a convolution, one feature of a
+linear layer or of a token, or one attention head.  Patterns are globs over ``named_modules()``: ``*`` stands for
+one part of a dotted name, ``**`` for any number of parts.  A suffix picks the side:
+
+=====================  =======================================================================================
+``"layer1.*.conv2"``   outputs of the matching layers
+``"head:input"``       what the layer reads, e.g. the residual stream (or pooled features) before the head
+``"blocks.*.attn:heads"``  attention heads: what the output projection of an attention module reads, by head
+=====================  =======================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Side = Literal["output", "input"]
+
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One side of one layer, and how its channels form units.
+
+    Attributes:
+        name: as the user would write it, e.g. ``"layer1.0.conv2"``, ``"fc:input"``, ``"blocks.0.attn:heads"``.
+        module: the layer whose output or input is meant.
+        side: ``"output"`` or ``"input"``.
+        num_units: how many units; ``None`` where only a forward pass can tell (activations, blocks, pools).
+        channels_per_unit: consecutive channels that form one unit (the head width for ``:heads``, else 1).
+    """
+
+    name: str
+    module: nn.Module
+    side: Side = "output"
+    num_units: int | None = None
+    channels_per_unit: int = 1
+
+    def unit_axis(self, activation: Tensor) -> int:
+        """The axis of ``activation`` that counts channels, as a negative index."""
+        return unit_axis(self.module, activation)
+
+    def require_num_units(self) -> int:
+        """``num_units``, or a :class:`ValueError` that says what to name instead."""
+        if self.num_units is None:
+            raise ValueError(
+                f"The number of units at site {self.name!r} ({type(self.module).__name__}) is not known before a "
+                "forward pass, so it cannot be gated. Name a convolution, linear or norm layer, or the input of "
+                "the layer that follows, e.g. 'fc:input'."
+            )
+        return self.num_units
+
+
+def unit_axis(module: nn.Module, activation: Tensor) -> int:
+    """Axis of the channels in what ``module`` reads or returns, as a negative index.
+
+    Convolutions, batch and group norms: ``(B, C, *spatial)``.  Linear, layer norm, attention: ``(B, ..., C)``.
+    Anything else is read by its rank: 4-D and 5-D as ``(B, C, *spatial)``, otherwise ``(B, ..., C)``.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return -1 - len(module.kernel_size)
+    if isinstance(module, _CHANNELS_FIRST):
+        return 1 - activation.ndim
+    if isinstance(module, _CHANNELS_LAST) or type(module).__name__.endswith("RMSNorm"):
+        return -1
+    return 1 - activation.ndim if activation.ndim >= 4 else -1
+
+
+def find_sites(model: nn.Module, patterns: str | Sequence[str]) -> list[Site]:
+    """Resolve patterns (see the module docstring) to sites, in the order of ``model.named_modules()``.
+
+    Args:
+        model: any module; a ``torch.compile``d part is looked through.
+        patterns: one glob or several; ``"**"`` matches every layer.
+
+    Returns:
+        At least one site per pattern, without repeats.
+
+    Raises:
+        ValueError: a pattern matches nothing (the message lists what there is), its suffix is unknown, or
+            ``:heads`` meets a module that is not attention.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ValueError("No layer pattern was given. Pass at least one, e.g. 'blocks.*' or 'fc:input'.")
+    modules = named_layers(model)
+    found: dict[str, Site] = {}
+    for pattern in patterns:
+        glob, _, suffix = pattern.partition(":")
+        if suffix not in ("", "output", "input", "heads"):
+            raise ValueError(
+                f"Unknown suffix ':{suffix}' in layer pattern {pattern!r}. Use ':output', ':input' or ':heads'."
+            )
+        matches = _glob_to_regex(glob)
+        hits = {name: module for name, module in modules.items() if matches.fullmatch(name)}
+        if suffix == "heads":
+            hits = {n: m for n, m in hits.items() if _head_projection(m) is not None} or hits
+        if not hits:
+            raise ValueError(_nothing_matches(pattern, modules))
+        for name, module in hits.items():
+            site = _make_site(name, module, suffix)
+            found.setdefault(site.name, site)
+    position = {name: i for i, name in enumerate(modules)}
+    return sorted(found.values(), key=lambda site: position[site.name.partition(":")[0]])
+
+
+def find_head(model: nn.Module, name: str | None = None) -> tuple[str, nn.Linear]:
+    """The linear layer that makes the logits, with its qualified name.
+
+    Without ``name`` the classifier is the one that a timm model names with ``get_classifier()``, else the last
+    ``nn.Linear`` in definition order.
+
+    Raises:
+        ValueError: there is no such layer, or it is not an ``nn.Linear``.
+    """
+    layers = named_layers(model)
+    if name is not None:
+        if not isinstance(layers.get(name), nn.Linear):
+            raise ValueError(
+                f"head={name!r} is not an nn.Linear of this model. Its linear layers: "
+                f"{_listing([n for n, m in layers.items() if isinstance(m, nn.Linear)])}"
+            )
+        return name, layers[name]  # type: ignore[return-value]
+    for module in [model, *layers.values()]:
+        get_classifier = getattr(module, "get_classifier", None)
+        if callable(get_classifier):
+            head = get_classifier()
+            for layer_name, layer in layers.items():
+                if layer is head and isinstance(layer, nn.Linear):
+                    return layer_name, layer
+    linear = [(n, m) for n, m in layers.items() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError(
+            "No nn.Linear was found to serve as the classification head. Layers: " + _listing(list(layers))
+        )
+    return linear[-1]
+
+
+def default_sites(model: nn.Module) -> list[Site]:
+    """Sites worth watching when the user names none: blocks or stages of a timm or torchvision model and the head's
+    input; for a plain network the outputs of its convolutions and linear layers, the head left out."""
+    head_name, head = find_head(model)
+    layers = named_layers(model)
+    sites = []
+    for name, module in layers.items():
+        parent, _, last = name.rpartition(".")
+        container = parent.rpartition(".")[2]
+        is_block = container in ("blocks", "stages", "layers") and last.isdigit()
+        is_stage = re.fullmatch(r"layer\d+", last) is not None
+        nested = any(name.startswith(s.name + ".") for s in sites)
+        if (is_block or is_stage) and not nested and any(True for _ in module.children()):
+            sites.append(_make_site(name, module, ""))
+    if not sites:
+        sites = [
+            _make_site(name, module, "")
+            for name, module in layers.items()
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module is not head
+        ]
+    return [*sites, _make_site(head_name, head, "input")]
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """``named_modules()`` without the root, and without the ``_orig_mod`` that ``torch.compile`` puts in names."""
+    layers = {}
+    for name, module in model.named_modules():
+        clean = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        if clean:  # a compiled layer comes twice, wrapper first: the layer itself is the one whose hooks run
+            layers[clean] = module
+    return layers
+
+
+def _make_site(name: str, module: nn.Module, suffix: str) -> Site:
+    if suffix == "heads":
+        projection = _head_projection(module)
+        if projection is None:
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) has no attention heads that can be told apart: ':heads' needs "
+                "a module with 'num_heads' and a linear output projection called 'proj', 'out_proj' or 'out' that "
+                "is called as a layer (nn.MultiheadAttention calls its projection by function)."
+            )
+        heads = int(module.num_heads)  # type: ignore[arg-type]
+        return Site(f"{name}:heads", projection, "input", heads, projection.in_features // heads)
+    if suffix == "input":
+        return Site(f"{name}:input", module, "input", _num_inputs(module))
+    return Site(name, module, "output", _num_outputs(module))
+
+
+def _head_projection(module: nn.Module) -> nn.Linear | None:
+    if not isinstance(getattr(module, "num_heads", None), int) or isinstance(module, nn.MultiheadAttention):
+        return None
+    for name in ("proj", "out_proj", "out"):
+        projection = getattr(module, name, None)
+        if isinstance(projection, nn.Linear):
+            return projection
+    return None
+
+
+def _num_outputs(module: nn.Module) -> int | None:
+    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+        shape = getattr(module, "normalized_shape", None)
+        if shape is None:
+            return None if getattr(module, "weight", None) is None else int(module.weight.shape[-1])  # type: ignore
+        return int(shape[-1])
+    for name in ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim", "embed_dim"):
+        value = getattr(module, name, None)
+        if isinstance(value, int) and isinstance(module, (*_CHANNELS_FIRST, *_CHANNELS_LAST)):
+            return value
+    return None
+
+
+def _num_inputs(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.in_channels
+    if isinstance(module, (*_CHANNELS_FIRST, nn.LayerNorm)) or type(module).__name__.endswith("RMSNorm"):
+        return _num_outputs(module)
+    return None
+
+
+def _glob_to_regex(glob: str) -> re.Pattern[str]:
+    out = ""
+    for token in re.split(r"(\*\*|\*|\?)", glob):
+        out += {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}.get(token, re.escape(token))
+    return re.compile(out)
+
+
+def _nothing_matches(pattern: str, modules: dict[str, nn.Module]) -> str:
+    kinds = [f"{name} ({type(module).__name__})" for name, module in modules.items()]
+    return (
+        f"Layer pattern {pattern!r} matches nothing ('*' stands for one part of a dotted name, '**' for any number). "
+        f"The model has: {_listing(kinds)}"
+    )
+
+
+def _listing(names: Sequence[str], limit: int = 60) -> str:
+    if not names:
+        return "none"
+    more = f", … and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def first_tensor(value: object) -> Tensor:
+    """The tensor itself, or the first of a tuple, list or dict (attention and Hugging Face layers return those)."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, dict) and value:
+        return first_tensor(next(iter(value.values())))
+    if isinstance(value, list | tuple) and value:
+        return first_tensor(value[0])
+    raise TypeError(f"Expected a tensor or a container whose first item is one, got {type(value).__name__}.")
+
+
+def replace_first_tensor(value: object, tensor: Tensor) -> object:
+    """A copy of ``value`` in which the tensor that :func:`first_tensor` finds is replaced."""
+    if isinstance(value, Tensor):
+        return tensor
+    if isinstance(value, dict):
+        key = next(iter(value))
+        copy = type(value)(value)
+        copy[key] = replace_first_tensor(value[key], tensor)
+        return copy
+    if isinstance(value, tuple):
+        items = [replace_first_tensor(value[0], tensor), *value[1:]]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [replace_first_tensor(value[0], tensor), *value[1:]]
+    raise TypeError(f"Expected a tensor or a container whose first item is one, got {type(value).__name__}.")
+
+
+def check_finite(tensor: Tensor, where: str) -> Tensor:
+    """``tensor`` itself, or a :class:`ValueError` that names the place if it holds NaN or infinity."""
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{bad} of {tensor.numel()} values at {where} are NaN or infinite. Look for a diverged loss (lower the "
+            "learning rate), broken inputs, or overflow in float16."
+        )
+    return tensor

@@ -1,0 +1,181 @@
+"""Gate units by multiplying them with a buffer, and bake the gates into plain weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from demem.sites.find import Site, first_tensor, replace_first_tensor, unit_axis
+
+_BUFFER = {"output": "output_gate", "input": "input_gate"}
+_BAKEABLE_OUTPUT = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+_BAKEABLE_INPUT = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+class Gates:
+    """Multiplicative gates, one number per channel, kept as non-persistent buffers on the gated layers.
+
+    A gate of ones leaves every value as it is, bit for bit.  Gates are changed by writing into the buffers in place, so
+    a compiled model and DistributedDataParallel both see the change.  The values are not part of the model's
+    ``state_dict`` (a checkpoint loads without demem); keep :meth:`state_dict` of this object instead.
+
+    Args:
+        sites: layers with a known number of units whose gates can be baked: convolutions, linear layers, batch and
+            layer norms, and the inputs of convolutions and linear layers.
+
+    Raises:
+        ValueError: a site cannot be gated or baked.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = list(sites)
+        for site in self.sites:
+            allowed = _BAKEABLE_OUTPUT if site.side == "output" else _BAKEABLE_INPUT
+            units = site.require_num_units()
+            if not isinstance(site.module, allowed):
+                raise ValueError(
+                    f"The {site.side} of {site.name!r} ({type(site.module).__name__}) cannot be gated, because gates there "
+                    "cannot be folded into weights. Name a convolution, linear, batch- or layer-norm layer, or the "
+                    "input of a convolution or linear layer."
+                )
+            name = _BUFFER[site.side]
+            if name not in site.module._buffers:
+                reference = next(site.module.parameters())
+                gate = torch.ones(units * site.channels_per_unit, device=reference.device)
+                site.module.register_buffer(name, gate, persistent=False)
+                if site.side == "output":
+                    site.module.register_forward_hook(_gate_output)
+                else:
+                    site.module.register_forward_pre_hook(_gate_input)
+
+    def __getitem__(self, site_name: str) -> Tensor:
+        """The gate of a site, one number per unit (a copy)."""
+        site = self._site(site_name)
+        return self._buffer(site).view(-1, site.channels_per_unit)[:, 0].clone()
+
+    def __setitem__(self, site_name: str, values: Tensor) -> None:
+        """Write a site's gate in place; ``values`` has one finite number per unit."""
+        site = self._site(site_name)
+        if values.shape != (site.require_num_units(),) or not bool(torch.isfinite(values).all()):
+            raise ValueError(
+                f"The gate of site {site_name!r} takes {site.num_units} finite numbers, got shape {tuple(values.shape)}."
+            )
+        buffer = self._buffer(site)
+        with torch.no_grad():
+            buffer.copy_(values.to(buffer).repeat_interleave(site.channels_per_unit))
+
+    def __iter__(self) -> Any:
+        return iter(site.name for site in self.sites)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``{site name: gate}`` on the CPU."""
+        return {site.name: self[site.name].cpu() for site in self.sites}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Write the values kept by :meth:`state_dict`.
+
+        Raises:
+            ValueError: the sites or their sizes differ.
+        """
+        names = [site.name for site in self.sites]
+        if sorted(state) != sorted(names):
+            raise ValueError(f"The saved gates belong to the sites {sorted(state)}, this model has {sorted(names)}.")
+        for name, values in state.items():
+            self[name] = values
+
+    def buffers(self) -> list[Tensor]:
+        """The buffers themselves, in site order (to broadcast them after a change)."""
+        return [self._buffer(site) for site in self.sites]
+
+    def _buffer(self, site: Site) -> Tensor:
+        return site.module.get_buffer(_BUFFER[site.side])
+
+    def _site(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(f"No gated site is called {name!r}; there are {[s.name for s in self.sites]}.")
+
+
+def bake_gates(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in which every gate is folded into the weights and removed.
+
+    The copy is an ordinary module: no hooks or buffers of ours, the same ``state_dict`` keys (a bias is never needed:
+    a zeroed unit of a biased layer has its bias scaled too), and the same outputs up to rounding.
+    """
+    baked = copy.deepcopy(model)
+    for module in baked.modules():
+        gate = module._buffers.pop(_BUFFER["output"], None)
+        if gate is not None:
+            module._non_persistent_buffers_set.discard(_BUFFER["output"])
+            _drop_hook(module._forward_hooks, _gate_output)
+            _scale_outputs(module, gate)
+        gate = module._buffers.pop(_BUFFER["input"], None)
+        if gate is not None:
+            module._non_persistent_buffers_set.discard(_BUFFER["input"])
+            _drop_hook(module._forward_pre_hooks, _gate_input)
+            _scale_inputs(module, gate)
+    return baked
+
+
+def remove_gates(gates: Gates) -> None:
+    """Take the hooks and buffers off the model again; what they hid comes back."""
+    for site in gates.sites:
+        site.module._buffers.pop(_BUFFER[site.side], None)
+        site.module._non_persistent_buffers_set.discard(_BUFFER[site.side])
+        _drop_hook(site.module._forward_hooks, _gate_output)
+        _drop_hook(site.module._forward_pre_hooks, _gate_input)
+
+
+def _gate_output(module: nn.Module, args: Any, output: Any) -> Any:
+    return _multiply(module, output, "output")
+
+
+def _gate_input(module: nn.Module, args: Any) -> Any:
+    return _multiply(module, args, "input")
+
+
+def _multiply(module: nn.Module, value: Any, side: str) -> Any:
+    x = first_tensor(value)
+    axis = unit_axis(module, x)
+    gate = module._buffers[_BUFFER[side]]
+    assert gate is not None  # registered together with this hook
+    return replace_first_tensor(value, x * gate.to(x.dtype).view(-1, *[1] * (-1 - axis)))
+
+
+def _scale_outputs(module: nn.Module, gate: Tensor) -> None:
+    weight: Tensor | None = module.weight  # type: ignore[assignment]
+    if weight is None:
+        raise ValueError(f"{type(module).__name__} without affine weights cannot hold a baked gate.")
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    if transposed:
+        out, groups = module.out_channels, module.groups
+        per_group = gate.view(groups, out // groups).repeat_interleave(weight.shape[0] // groups, 0)
+        scaled = weight * per_group.view(*weight.shape[:2], *[1] * (weight.ndim - 2))
+    else:
+        scaled = weight * gate.view(-1, *[1] * (weight.ndim - 1))
+    # New parameters, so that a tensor tied to another layer keeps its value there.
+    module.weight = nn.Parameter(scaled.detach().to(weight.dtype), weight.requires_grad)
+    bias: Tensor | None = getattr(module, "bias", None)  # type: ignore[assignment]
+    if bias is not None:
+        module.bias = nn.Parameter((bias * gate).detach().to(bias.dtype), bias.requires_grad)
+
+
+def _scale_inputs(module: nn.Module, gate: Tensor) -> None:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        scaled = weight * gate.view(-1, *[1] * (weight.ndim - 1))
+    else:
+        groups = getattr(module, "groups", 1)
+        per_group = gate.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+        scaled = weight * per_group.view(*weight.shape[:2], *[1] * (weight.ndim - 2))
+    module.weight = nn.Parameter(scaled.detach().to(weight.dtype), weight.requires_grad)
+
+
+def _drop_hook(hooks: dict[int, Any], function: Any) -> None:
+    for key in [key for key, hook in hooks.items() if hook is function]:
+        del hooks[key]

@@ -1,0 +1,126 @@
+"""Read the activations of sites during a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from demem.sites.find import Site, first_tensor
+
+Reduce = Literal["auto", "mean", "max", "first_token", "positions"]
+
+
+def reduce_activation(site: Site, activation: Tensor, reduce: Reduce = "auto") -> Tensor:
+    """Turn one layer's activation into a matrix with a row per sample and a column per unit.
+
+    Args:
+        site: tells which axis counts units.
+        activation: ``(B, C)``, ``(B, C, *spatial)`` or ``(B, T, C)``.
+        reduce: over space or tokens: ``"mean"``, ``"max"``, ``"first_token"`` (token axis only), ``"positions"``
+            (every position becomes a row of its own), or ``"auto"``: mean over space, first token of a sequence
+            (the choices of Bansal et al. 2022).
+
+    Returns:
+        ``(B, N)``, or ``(B·positions, N)`` for ``"positions"``.  For attention heads a unit's value is the root mean
+        square over its channels.
+    """
+    axis = site.unit_axis(activation)
+    x = activation.movedim(axis, -1)
+    if site.channels_per_unit > 1:
+        x = x.unflatten(-1, (-1, site.channels_per_unit)).square().mean(-1).sqrt()
+    if x.ndim == 2:
+        return x
+    tokens = axis == -1 and activation.ndim == 3
+    x = x.flatten(1, -2)
+    if reduce == "auto":
+        reduce = "first_token" if tokens else "mean"
+    if reduce == "mean":
+        return x.mean(1)
+    if reduce == "max":
+        return x.amax(1)
+    if reduce == "positions":
+        return x.flatten(0, 1)
+    if reduce == "first_token":
+        if not tokens:
+            raise ValueError(f"Site {site.name!r} has no token axis (shape {tuple(activation.shape)}); use 'mean'.")
+        return x[:, 0]
+    raise ValueError(f"Unknown reduction {reduce!r}; use auto, mean, max, first_token or positions.")
+
+
+class ActivationReader:
+    """Context manager that collects the activations of several sites in one forward pass.
+
+    ::
+
+        with ActivationReader(sites) as reader:
+            model(x)
+            activations = reader.pop()      # {site name: (B, N)}
+
+    Reduction happens inside the hook, so an in-place ReLU that follows cannot rewrite what was read.
+
+    Args:
+        sites: from :func:`demem.sites.find_sites`.
+        reduce: see :func:`reduce_activation`; ``None`` keeps whole activations (cloned).
+        ungated: read before the gates of :class:`demem.sites.Gates` are applied.
+    """
+
+    def __init__(self, sites: Sequence[Site], reduce: Reduce | None = "auto", ungated: bool = False) -> None:
+        self.sites = list(sites)
+        self.reduce = reduce
+        self.ungated = ungated
+        self._handles: list[RemovableHandle] = []
+        self._rows: dict[str, list[Tensor]] = {}
+
+    def __enter__(self) -> ActivationReader:
+        for site in self.sites:
+            if site.side == "output":
+                handle = site.module.register_forward_hook(self._output_hook(site), prepend=self.ungated)
+            else:
+                handle = site.module.register_forward_pre_hook(self._input_hook(site), prepend=self.ungated)
+            self._handles.append(handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._rows.clear()
+
+    def pop(self) -> dict[str, Tensor]:
+        """What was read since the last call; a layer that ran twice (shared module) gives its rows one after the other.
+
+        Raises:
+            RuntimeError: a site's layer did not run.
+        """
+        missing = [site.name for site in self.sites if site.name not in self._rows]
+        if missing:
+            raise RuntimeError(
+                f"These layers did not run in the forward pass, so nothing could be read: {', '.join(missing)}."
+            )
+        rows = {site.name: torch.cat(self._rows[site.name]) for site in self.sites}
+        self._rows.clear()
+        return rows
+
+    def _store(self, site: Site, activation: Tensor) -> None:
+        x = activation.detach()
+        x = x.clone() if self.reduce is None else reduce_activation(site, x, self.reduce)
+        # A view (2-D input, first token) would change under a later in-place operation.
+        if x.untyped_storage().data_ptr() == activation.untyped_storage().data_ptr():
+            x = x.clone()
+        self._rows.setdefault(site.name, []).append(x)
+
+    def _output_hook(self, site: Site) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._store(site, first_tensor(output))
+
+        return hook
+
+    def _input_hook(self, site: Site) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            self._store(site, first_tensor(args))
+
+        return hook
