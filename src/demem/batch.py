@@ -1,8 +1,8 @@
 """Read ``(inputs, labels, groups)`` out of whatever a data loader yields, and logits out of whatever a model returns.
 
 Understood as they are: ``(x, y)``; ``(x, y, group)``; ``(x, y, metadata)`` as wilds yields it, given the dataset's
-grouper; a mapping with the keys ``x``/``image``/``images``/``pixel_values``/``input_ids``/…, ``y``/``label``/``labels``/``target``
-and ``group``/``groups``/``g``/``metadata``.
+grouper; a mapping with inputs (``x``, ``image``, ``pixel_values``, ``input_ids`` …), labels (``y``, ``label``, ``labels``,
+``target``) and groups (``group``, ``groups``, ``g``, ``metadata``).
 
 **Any other batch:** define one method on your LightningModule::
 
@@ -140,7 +140,8 @@ def _to_group(extra: Any, size: int, grouper: Callable[[Tensor], Tensor] | None)
         raise ValueError(f"Groups must be integers of shape ({size},), got {extra.dtype} {tuple(extra.shape)}.")
     if extra.numel() and int(extra.min()) < 0:
         raise ValueError(f"Groups must be indices from 0 up, got {int(extra.min())}.")
-    return extra.long()
+    group: Tensor = extra.long()
+    return group
 
 
 def _unreadable(batch: Any) -> str:
@@ -151,6 +152,6 @@ def _unreadable(batch: Any) -> str:
     else:
         form = type(batch).__name__
     return (
-        f"Cannot read a batch that is {form}. Yield (x, y), (x, y, group), or a dict with 'x', 'y' and 'group'; or define "
-        "`unpack_batch(self, batch)` on your LightningModule and return (x, y, group or None)."
+        f"Cannot read a batch that is {form}. Yield (x, y), (x, y, group), or a dict with 'x', 'y' and 'group'; "
+        "or define `unpack_batch(self, batch)` on your LightningModule and return (x, y, group or None)."
     )

@@ -154,7 +154,7 @@ def default_sites(model: nn.Module) -> list[Site]:
     input; for a plain network the outputs of its convolutions and linear layers, the head left out."""
     head_name, head = find_head(model)
     layers = named_layers(model)
-    sites = []
+    sites: list[Site] = []
     for name, module in layers.items():
         parent, _, last = name.rpartition(".")
         container = parent.rpartition(".")[2]
@@ -214,7 +214,14 @@ def _num_outputs(module: nn.Module) -> int | None:
         if shape is None:
             return None if getattr(module, "weight", None) is None else int(module.weight.shape[-1])  # type: ignore
         return int(shape[-1])
-    for name in ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim", "embed_dim"):
+    for name in (
+        "out_channels",
+        "out_features",
+        "num_features",
+        "num_channels",
+        "embedding_dim",
+        "embed_dim",
+    ):
         value = getattr(module, name, None)
         if isinstance(value, int) and isinstance(module, (*_CHANNELS_FIRST, *_CHANNELS_LAST)):
             return value

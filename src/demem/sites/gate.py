@@ -38,8 +38,8 @@ class Gates:
             units = site.require_num_units()
             if not isinstance(site.module, allowed):
                 raise ValueError(
-                    f"The {site.side} of {site.name!r} ({type(site.module).__name__}) cannot be gated, because gates there "
-                    "cannot be folded into weights. Name a convolution, linear, batch- or layer-norm layer, or the "
+                    f"The {site.side} of {site.name!r} ({type(site.module).__name__}) cannot be gated, because gates "
+                    "there cannot be folded into weights. Name a convolution, linear, batch- or layer-norm layer, or the "
                     "input of a convolution or linear layer."
                 )
             name = _BUFFER[site.side]
@@ -62,7 +62,7 @@ class Gates:
         site = self._site(site_name)
         if values.shape != (site.require_num_units(),) or not bool(torch.isfinite(values).all()):
             raise ValueError(
-                f"The gate of site {site_name!r} takes {site.num_units} finite numbers, got shape {tuple(values.shape)}."
+                f"The gate of site {site_name!r} takes {site.num_units} finite numbers, got {tuple(values.shape)}."
             )
         buffer = self._buffer(site)
         with torch.no_grad():
@@ -151,8 +151,7 @@ def _scale_outputs(module: nn.Module, gate: Tensor) -> None:
     weight: Tensor | None = module.weight  # type: ignore[assignment]
     if weight is None:
         raise ValueError(f"{type(module).__name__} without affine weights cannot hold a baked gate.")
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    if transposed:
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
         out, groups = module.out_channels, module.groups
         per_group = gate.view(groups, out // groups).repeat_interleave(weight.shape[0] // groups, 0)
         scaled = weight * per_group.view(*weight.shape[:2], *[1] * (weight.ndim - 2))
@@ -160,7 +159,7 @@ def _scale_outputs(module: nn.Module, gate: Tensor) -> None:
         scaled = weight * gate.view(-1, *[1] * (weight.ndim - 1))
     # New parameters, so that a tensor tied to another layer keeps its value there.
     module.weight = nn.Parameter(scaled.detach().to(weight.dtype), weight.requires_grad)
-    bias: Tensor | None = getattr(module, "bias", None)  # type: ignore[assignment]
+    bias: Tensor | None = getattr(module, "bias", None)
     if bias is not None:
         module.bias = nn.Parameter((bias * gate).detach().to(bias.dtype), bias.requires_grad)
 

@@ -31,7 +31,7 @@ def reduce_activation(site: Site, activation: Tensor, reduce: Reduce = "auto") -
     axis = site.unit_axis(activation)
     x = activation.movedim(axis, -1)
     if site.channels_per_unit > 1:
-        x = x.unflatten(-1, (-1, site.channels_per_unit)).square().mean(-1).sqrt()
+        x = x.reshape(*x.shape[:-1], -1, site.channels_per_unit).square().mean(-1).sqrt()
     if x.ndim == 2:
         return x
     tokens = axis == -1 and activation.ndim == 3

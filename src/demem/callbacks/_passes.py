@@ -1,0 +1,182 @@
+"""Extra passes over data from inside a Trainer that leave the training run as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from tqdm.auto import tqdm
+
+from demem.batch import Batch, batch_size, unpack_batch
+
+
+def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
+    """The first validation loader of a fit: data that the network does not train on.
+
+    Raises:
+        ValueError: there is no validation data, or ``limit_val_batches=0`` switches it off.
+    """
+    if trainer.val_dataloaders is None and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loaders = trainer.val_dataloaders
+    loader = next(iter(loaders.values())) if isinstance(loaders, dict) and loaders else loaders
+    loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
+    if not isinstance(loader, DataLoader) or trainer.limit_val_batches == 0:
+        raise ValueError(
+            "demem needs held-out examples: give the Trainer a validation DataLoader (and do not set "
+            "limit_val_batches=0 or a fast run without validation)."
+        )
+    return loader
+
+
+def train_loader(trainer: pl.Trainer) -> DataLoader[Any]:
+    """The (first) training loader of a fit.
+
+    Raises:
+        ValueError: it is not a ``DataLoader``.
+    """
+    loader = trainer.train_dataloader
+    if isinstance(loader, dict) and loader:
+        loader = next(iter(loader.values()))
+    if isinstance(loader, list | tuple) and loader:
+        loader = loader[0]
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"demem needs a training DataLoader to read in order, got {type(loader).__name__}.")
+    return loader
+
+
+@contextmanager
+def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, grad: bool = False) -> Iterator[None]:
+    """Evaluation mode, the trainer's precision, no gradients (unless asked for); afterwards every module's mode, the
+    random state and (as nothing ran in training mode) the batch-norm statistics are as they were."""
+    modes = [(module, module.training) for module in pl_module.modules()]
+    try:
+        with isolate_rng(), torch.set_grad_enabled(grad), trainer.precision_plugin.forward_context():
+            pl_module.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def examples(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    loader: DataLoader[Any],
+    description: str | None = None,
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Go once through the loader's data set, in its own order, without shuffling, padding or repeats.
+
+    Every process of a distributed run gets its own share; :func:`gather_rows` puts what they made in order again.
+    ``limit_train_batches`` and ``limit_val_batches`` hold.  An iterable data set is read as its loader yields it.
+
+    Yields:
+        positions ``(B,)`` int64 in the data set, and the :class:`~demem.batch.Batch` on the module's device.
+    """
+    rank, world = trainer.global_rank, trainer.world_size
+    positions, source = _in_order(trainer, loader, rank, world)
+    grouper = find_grouper(trainer, loader)
+    shown = bool(description) and trainer.progress_bar_callback is not None and trainer.is_global_zero
+    seen = 0
+    for raw in tqdm(source, desc=description, leave=False, disable=not shown):
+        batch = unpack_batch(_to_device(trainer, raw), pl_module, grouper)
+        size = batch_size(batch)
+        here = torch.arange(seen, seen + size)
+        yield (here * world + rank if positions is None else positions[here]), batch
+        seen += size
+
+
+def gather_rows(trainer: pl.Trainer, indices: Tensor, rows: Tensor) -> Tensor:
+    """Rows of all processes in the order of their positions, on every process.
+
+    Args:
+        indices: ``(n,)`` positions of this process's rows, from :func:`examples`.
+        rows: ``(n, ...)``; ``n`` may differ between processes.
+    """
+    if trainer.world_size > 1:
+        indices, rows = _all_gather(trainer, indices), _all_gather(trainer, rows)
+    return rows[torch.argsort(indices.to(rows.device), stable=True)]
+
+
+def find_grouper(trainer: pl.Trainer, loader: DataLoader[Any]) -> Callable[[Tensor], Tensor] | None:
+    """``metadata_to_group`` of the data module's ``grouper`` or of a wilds data set behind the loader, if any."""
+    candidates = [getattr(trainer, "datamodule", None)]
+    dataset = getattr(loader, "dataset", None)
+    while dataset is not None and len(candidates) < 10:
+        candidates.append(dataset)
+        dataset = getattr(dataset, "dataset", None)
+    for owner in candidates:
+        grouper = getattr(owner, "grouper", None) or getattr(owner, "_eval_grouper", None)
+        function = getattr(grouper, "metadata_to_group", None)
+        if callable(function):
+            return _on_cpu(function)
+    return None
+
+
+def _on_cpu(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    # wilds groupers keep their factors on the CPU.
+    return lambda metadata: function(metadata.cpu()).to(metadata.device)
+
+
+def _in_order(trainer: pl.Trainer, loader: DataLoader[Any], rank: int, world: int) -> tuple[Tensor | None, Any]:
+    dataset = loader.dataset
+    limit = _batch_limit(trainer, loader)
+    if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
+        return None, _first(loader, limit)
+    sampler = loader.sampler
+    chosen = getattr(getattr(sampler, "sampler", sampler), "indices", None)  # a SubsetRandomSampler reads a part only
+    size = len(dataset)  # type: ignore[arg-type]
+    positions = torch.arange(size) if chosen is None else torch.as_tensor(chosen).sort().values
+    per_batch = loader.batch_size or 64
+    if limit is not None:
+        positions = positions[: limit * per_batch * world]
+    positions = positions[rank::world]
+    return positions, DataLoader(
+        Subset(dataset, positions.tolist()),
+        batch_size=per_batch,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+    )
+
+
+def _first(loader: DataLoader[Any], limit: int | None) -> Iterator[Any]:
+    for i, batch in enumerate(loader):
+        if limit is not None and i >= limit:
+            return
+        yield batch
+
+
+def _batch_limit(trainer: pl.Trainer, loader: DataLoader[Any]) -> int | None:
+    training = loader is trainer.train_dataloader
+    limit = trainer.limit_train_batches if training else trainer.limit_val_batches
+    if isinstance(limit, float):
+        return None if limit >= 1.0 else int(len(loader) * limit)
+    return limit
+
+
+def _to_device(trainer: pl.Trainer, batch: Any) -> Any:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _all_gather(trainer: pl.Trainer, rows: Tensor) -> Tensor:
+    rows = rows.to(trainer.strategy.root_device).contiguous()
+    size = torch.tensor([len(rows)], device=rows.device)
+    sizes = [torch.zeros_like(size) for _ in range(trainer.world_size)]
+    dist.all_gather(sizes, size)
+    longest = int(max(int(s) for s in sizes))
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(s)] for part, s in zip(parts, sizes, strict=True)])
