@@ -1,0 +1,33 @@
+"""``python -m benchmarks COMMAND``: hand over to the file that does it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    ("compare",): "benchmarks.compare",
+    ("papers", "measures"): "benchmarks.papers.measures",
+    ("papers", "tracing"): "benchmarks.papers.tracing",
+    ("speed", "measures"): "benchmarks.speed.measures",
+    ("speed", "tracing"): "benchmarks.speed.tracing",
+}
+
+
+def main(argv: list[str]) -> int:
+    for words, module in COMMANDS.items():
+        if tuple(argv[: len(words)]) == words:
+            return int(importlib.import_module(module).main(argv[len(words) :]) or 0)
+    wanted = argv[:1] not in ([], ["-h"], ["--help"])
+    print(
+        (f"Unknown benchmark: {' '.join(argv[:2])}\n" if wanted else "")
+        + "usage: python -m benchmarks COMMAND [options]\n\n  "
+        + "\n  ".join(" ".join(words) for words in COMMANDS)
+        + "\n\nCOMMAND --help lists a command's options.",
+        file=sys.stderr if wanted else sys.stdout,
+    )
+    return 2 if wanted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

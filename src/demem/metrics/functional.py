@@ -1,0 +1,82 @@
+"""Accuracy by group, from two counts per group that add up over batches and processes.
+
+A group is any partition of the examples, usually class × attribute.  Empty groups have no accuracy (NaN) and take no
+part in the worst or in an average.  All accuracies are fractions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_accuracy_update(preds: Tensor, target: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Count the correct and all examples of each group.
+
+    Args:
+        preds: logits or probabilities ``(B, C)``, or predicted classes ``(B,)``.
+        target: class indices ``(B,)``.
+        group: group indices ``(B,)`` in ``[0, num_groups)``.
+        num_groups: number of groups.
+
+    Returns:
+        ``correct`` and ``total``, both int64 of shape ``(num_groups,)``.
+
+    Raises:
+        ValueError: shapes differ, scores are NaN, or a label or group is out of range.
+    """
+    if target.ndim != 1 or group.shape != target.shape:
+        raise ValueError(
+            f"target and group must have the same shape (B,), got {tuple(target.shape)} and {tuple(group.shape)}."
+        )
+    if preds.ndim == 2:
+        if not bool(torch.isfinite(preds).all()):
+            raise ValueError("preds hold NaN or infinity: the model diverged or its inputs are broken.")
+        if target.numel() and int(target.max()) >= preds.shape[1]:
+            raise ValueError(
+                f"target holds class {int(target.max())}, but preds have {preds.shape[1]} columns (classes 0 to "
+                f"{preds.shape[1] - 1})."
+            )
+        preds = preds.argmax(1)
+    if preds.shape != target.shape:
+        raise ValueError(f"preds must be (B, C) or (B,) with B = {len(target)}, got {tuple(preds.shape)}.")
+    if group.numel() and (int(group.min()) < 0 or int(group.max()) >= num_groups):
+        raise ValueError(f"group must lie in 0 … {num_groups - 1}, got {int(group.min())} … {int(group.max())}.")
+    group = group.long()
+    total = torch.bincount(group, minlength=num_groups)
+    correct = torch.bincount(group[preds == target], minlength=num_groups)
+    return correct, total
+
+
+def group_accuracy_compute(correct: Tensor, total: Tensor) -> Tensor:
+    """Accuracy of each group ``(G,)``, NaN for empty groups."""
+    return torch.where(total > 0, correct / total.clamp(min=1), torch.nan)
+
+
+def worst_group_accuracy_compute(correct: Tensor, total: Tensor) -> Tensor:
+    """The lowest accuracy among the groups that have examples; NaN if none has."""
+    accuracy = group_accuracy_compute(correct, total)
+    present = accuracy[total > 0]
+    return present.min() if present.numel() else accuracy.new_tensor(torch.nan)
+
+
+def average_accuracy_compute(correct: Tensor, total: Tensor) -> Tensor:
+    """Plain accuracy over all examples; NaN without any."""
+    return correct.sum() / total.sum() if int(total.sum()) else correct.new_full((), torch.nan, dtype=torch.float)
+
+
+def adjusted_average_accuracy_compute(correct: Tensor, total: Tensor, weights: Tensor) -> Tensor:
+    """Mean of the groups' accuracies, weighted by ``weights`` ``(G,)``, usually the groups' training sizes.
+
+    Estimates accuracy on the training distribution from a test set with other group sizes (Sagawa et al. 2020).  Empty
+    groups are left out and the other weights rescaled.
+
+    Raises:
+        ValueError: ``weights`` has another shape, or no group with examples has a positive weight.
+    """
+    if weights.shape != total.shape:
+        raise ValueError(f"weights must have the shape {tuple(total.shape)}, got {tuple(weights.shape)}.")
+    weights = torch.where(total > 0, weights.to(total.device, torch.float), 0.0)
+    if bool((weights < 0).any()) or float(weights.sum()) == 0:
+        raise ValueError("weights must be non-negative and positive for at least one group that has examples.")
+    return (group_accuracy_compute(correct, total).nan_to_num() * weights).sum() / weights.sum()

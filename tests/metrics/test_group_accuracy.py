@@ -1,0 +1,106 @@
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics import MetricCollection
+
+from demem.metrics import (
+    AdjustedAverageAccuracy,
+    AverageAccuracy,
+    GroupAccuracy,
+    WorstGroupAccuracy,
+    group_accuracy_update,
+)
+
+
+def _reference(preds, target, group, num_groups):
+    """Loop over groups in plain Python."""
+    accuracies = []
+    for g in range(num_groups):
+        hits = [int(p) == int(t) for p, t, h in zip(preds, target, group, strict=True) if int(h) == g]
+        accuracies.append(sum(hits) / len(hits) if hits else None)
+    return accuracies
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=40))
+@settings(max_examples=40, deadline=None)
+def test_agrees_with_a_loop_whatever_the_batches(rows):
+    preds, target, group = (torch.tensor(column) for column in zip(*rows, strict=True))
+    expected = _reference(preds, target, group, 4)
+    per_group, worst, average = GroupAccuracy(4), WorstGroupAccuracy(4), AverageAccuracy(4)
+    for metric in (per_group, worst, average):
+        for part in torch.arange(len(rows)).split(7):
+            metric.update(preds[part], target[part], group[part])
+    got = per_group.compute()
+    for g, accuracy in enumerate(expected):
+        assert torch.isnan(got[g]) if accuracy is None else float(got[g]) == pytest.approx(accuracy)
+    present = [a for a in expected if a is not None]
+    assert float(worst.compute()) == pytest.approx(min(present))
+    assert float(average.compute()) == pytest.approx(float((preds == target).float().mean()))
+
+
+def test_logits_of_several_classes():
+    logits = torch.tensor([[0.0, 2, 1], [3, 0, 0], [0, 0, 1]])
+    metric = WorstGroupAccuracy(2)
+    metric.update(logits, torch.tensor([1, 0, 1]), torch.tensor([0, 0, 1]))
+    assert float(metric.compute()) == 0.0
+
+
+def test_adjusted_average_weights_groups_by_training_size_and_skips_empty_ones():
+    metric = AdjustedAverageAccuracy([90.0, 10.0, 5.0])
+    metric.update(torch.tensor([1, 1, 0, 1]), torch.ones(4, dtype=torch.long), torch.tensor([0, 0, 1, 1]))
+    assert float(metric.compute()) == pytest.approx((90 * 1.0 + 10 * 0.5) / 100)
+
+
+def test_shares_counts_in_a_collection():
+    collection = MetricCollection([WorstGroupAccuracy(2), AverageAccuracy(2)])
+    collection.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
+    values = collection.compute()
+    assert float(values["WorstGroupAccuracy"]) == 0.0
+    assert float(values["AverageAccuracy"]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("preds", "target", "group", "message"),
+    [
+        (torch.zeros(2, 3), torch.tensor([0, 3]), torch.tensor([0, 0]), "class 3"),
+        (torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([0, 2]), "group must lie"),
+        (torch.full((2, 3), torch.nan), torch.tensor([0, 1]), torch.tensor([0, 1]), "NaN"),
+        (torch.zeros(3), torch.tensor([0, 1]), torch.tensor([0, 1]), "preds must be"),
+        (torch.zeros(2), torch.tensor([0, 1]), torch.tensor([0]), "same shape"),
+    ],
+)
+def test_bad_input_is_named(preds, target, group, message):
+    with pytest.raises(ValueError, match=message):
+        group_accuracy_update(preds, target, group, 2)
+
+
+def _worker(rank, rendezvous, queue):
+    torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
+    metric = WorstGroupAccuracy(3)
+    if rank == 0:  # group 0: 1 of 1 here, 0 of 9 there: truth .1, mean of ranks .5; group 2 is empty everywhere
+        metric.update(torch.tensor([1, 1]), torch.tensor([1, 1]), torch.tensor([0, 1]))
+    else:
+        metric.update(torch.zeros(9, dtype=torch.long), torch.ones(9, dtype=torch.long), torch.zeros(9).long())
+    queue.put((rank, float(metric.compute())))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_answer_of_one():
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = os.path.join(folder, "rendezvous")
+        workers = [context.Process(target=_worker, args=(rank, rendezvous, queue)) for rank in range(2)]
+        for worker in workers:
+            worker.start()
+        values = dict(queue.get(timeout=120) for _ in workers)
+        for worker in workers:
+            worker.join(60)
+    assert values == {0: pytest.approx(0.1), 1: pytest.approx(0.1)}
