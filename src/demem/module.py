@@ -77,8 +77,8 @@ class Classifier(pl.LightningModule):
         loss = self.loss(logits, example)
         if not bool(torch.isfinite(loss)):
             raise ValueError(
-                f"The training loss is {float(loss)} at step {self.global_step}. Lower the learning rate (lr={self.lr}), "
-                "look for NaN in the inputs, or use a higher precision."
+                f"The training loss is {float(loss)} at step {self.global_step}. Lower the learning rate "
+                f"(lr={self.lr}), look for NaN in the inputs, or use a higher precision."
             )
         self.log("train/loss", loss, batch_size=len(example.y))
         return loss
@@ -108,21 +108,24 @@ class Classifier(pl.LightningModule):
         counts = getattr(self.trainer.datamodule, "train_class_counts", None)  # type: ignore[attr-defined]
         if counts is None:
             raise ValueError(
-                "class_balanced=True needs a data module with `train_class_counts`, e.g. a GroupedDataModule; or balance "
-                "the sampling of your own loader instead."
+                "class_balanced=True needs a data module with `train_class_counts`, e.g. a GroupedDataModule; or "
+                "balance the sampling of your own loader instead."
             )
         self._class_weights = counts.sum() / (counts.clamp(min=1) * len(counts))
 
     def train(self, mode: bool = True) -> Classifier:
         super().train(mode)
-        if mode and self.freeze_batchnorm:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        self._freeze()
         return self
 
     def on_train_epoch_start(self) -> None:
-        self.train()  # Lightning puts each layer's mode back after validation, so this costs nothing else
+        self._freeze()  # Lightning puts each layer's mode back by itself, without calling train()
+
+    def _freeze(self) -> None:
+        if self.freeze_batchnorm:
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -160,8 +163,8 @@ def make_model(
 
 
 def small_cnn(num_classes: int = 2, in_chans: int = 3, width: int = 32) -> nn.Sequential:
-    """Three 3×3 convolutions with batch-norm and ReLU (``width``, 2·``width``, 4·``width`` channels), a max-pool before the
-    last, mean over space and a linear head; for images from 8×8 pixels."""
+    """Three 3×3 convolutions with batch-norm and ReLU (``width``, 2·``width``, 4·``width`` channels), a max-pool before
+    the last, mean over space and a linear head; for images from 8×8 pixels."""
     return nn.Sequential(
         *_conv(in_chans, width),
         *_conv(width, 2 * width),

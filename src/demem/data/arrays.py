@@ -49,37 +49,40 @@ class GroupedTensors(GroupedDataset):
     """A grouped data set held in one tensor; a batch is one indexing operation when :func:`collate` puts it together.
 
     Args:
-        x: inputs ``(N, ...)``, or views ``(V, N, ...)`` of them, one of which is drawn (torch's random state) each time
-            an example is read; read as float32.
-        y: ``(N,)``.
-        group: ``(N,)``.
-        views: ``x`` is a sequence of ``V`` tensors ``(N, ...)`` instead of one tensor.
+        x: inputs ``(N, ...)``; or a sequence of such tensors, views of the same examples, of which torch's random state
+            draws one each time an example is read.  Read as float32.
+        y: class of each example read.
+        group: group of each example read.
+        positions: rows of ``x`` that are read; default all.
     """
 
-    def __init__(self, x: Tensor | Sequence[Tensor], y: Tensor, group: Tensor) -> None:
+    def __init__(self, x: Tensor | Sequence[Tensor], y: Tensor, group: Tensor, positions: Tensor | None = None) -> None:
         self.views = [x] if isinstance(x, Tensor) else list(x)
-        super().__init__(self.views[0], y, group)
+        self.positions = torch.arange(len(self.views[0])) if positions is None else positions
+        super().__init__(self.positions, y, group)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        view = self.views[int(torch.randint(len(self.views), ()))] if len(self.views) > 1 else self.views[0]
-        return view[index].float(), self.y[index], self.group[index]
+        x, y, group = self.rows(torch.tensor([index]))
+        return x[0], y[0], group[0]
 
     def __getitems__(self, positions: Sequence[int]) -> _Rows:
         return _Rows(self, torch.as_tensor(positions))
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The batch ``(x, y, group)`` of these positions."""
+        rows = self.positions[positions]
         if len(self.views) == 1:
-            x = self.views[0][positions].float()
+            x = self.views[0][rows].float()
         else:
-            drawn = torch.randint(len(self.views), positions.shape)
-            x = torch.empty(len(positions), *self.views[0].shape[1:])
+            drawn = torch.randint(len(self.views), rows.shape)
+            x = torch.empty(len(rows), *self.views[0].shape[1:])
             for v, view in enumerate(self.views):
-                x[drawn == v] = view[positions[drawn == v]].float()
+                x[drawn == v] = view[rows[drawn == v]].float()
         return x, self.y[positions], self.group[positions]
 
     def select(self, positions: Tensor) -> GroupedTensors:
-        return GroupedTensors([view[positions] for view in self.views], self.y[positions], self.group[positions])
+        """The examples at these positions, in this order; the tensors are shared."""
+        return GroupedTensors(self.views, self.y[positions], self.group[positions], self.positions[positions])
 
 
 class _Rows(Sequence[Any]):

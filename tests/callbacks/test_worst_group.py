@@ -1,0 +1,226 @@
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from demem.callbacks.worst_group import WorstGroupMonitor
+from demem.data import GroupedDataModule
+from demem.module import Classifier
+
+N = 60
+X = torch.randn(N, 6, generator=torch.Generator().manual_seed(1))
+Y = (X[:, 0] > 0).long()
+G = 2 * Y + (X[:, 1] > 0.8).long()
+
+
+class OwnModule(pl.LightningModule):
+    """A user's module; ``style`` says how its validation step comes to its logits."""
+
+    def __init__(self, style="forward"):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.style = style
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        if self.style == "inner":
+            self.net(batch[0])
+        elif self.style == "outputs":
+            with torch.no_grad():  # something else runs last; what the step returns is meant
+                logits = self.net(batch[0])
+                self.net(torch.zeros_like(batch[0]))
+            return {"logits": logits}
+        elif self.style == "blind":
+            return None
+        else:
+            self(batch[0])
+        return None
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def _trainer(library=pl, **options):
+    options = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        **options,
+    }
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    return library.Trainer(**options)
+
+
+def _loader(*tensors, shuffle=False):
+    return DataLoader(TensorDataset(*tensors), batch_size=7, shuffle=shuffle)
+
+
+def _truth(model):
+    """Accuracy by group in plain Python, after the fit."""
+    with torch.no_grad():
+        right = model(X).argmax(1) == Y
+    return [float(right[g == G].float().mean()) for g in range(4)]
+
+
+@pytest.mark.parametrize("style", ["forward", "inner", "outputs"])
+def test_logs_what_a_loop_over_groups_gives(style):
+    model, monitor = OwnModule(style), WorstGroupMonitor()
+    trainer = _trainer(callbacks=[monitor])
+    trainer.fit(model, _loader(X, Y, G, shuffle=True), _loader(X, Y, G))
+    logged, truth = trainer.callback_metrics, _truth(model)
+    assert float(logged["val/worst_group_acc"]) == pytest.approx(min(truth))
+    for g, accuracy in enumerate(truth):
+        assert float(logged[f"val/group_acc/{g}"]) == pytest.approx(accuracy)
+    sizes = torch.bincount(G)  # the same set serves for training
+    assert float(logged["val/adjusted_avg_acc"]) == pytest.approx(
+        float((torch.tensor(truth) * sizes).sum() / sizes.sum())
+    )
+    with torch.no_grad():
+        right = (model(X).argmax(1) == Y).float()
+    assert float(logged["val/avg_acc"]) == pytest.approx(float(right.mean()))
+    assert float(logged["val/worst_class_acc"]) == pytest.approx(min(float(right[c == Y].mean()) for c in (0, 1)))
+    assert [record["epoch"] for record in monitor.history] == [0, 1]  # the sanity check left no trace
+    assert not model._forward_hooks
+    assert not model.net[2]._forward_hooks
+
+
+def test_train_and_test_stages_and_sizes_from_the_data_module():
+    data = GroupedDataModule(*[TensorDataset(X, Y, G)] * 3, batch_size=16)
+    monitor = WorstGroupMonitor(train=True, per_group=False)
+    model = OwnModule()
+    trainer = _trainer(callbacks=[monitor], val_check_interval=0.5)
+    trainer.fit(model, datamodule=data)
+    assert "train/worst_group_acc" in trainer.callback_metrics
+    train_records = [r for r in monitor.history if r["stage"] == "train"]
+    assert [r["epoch"] for r in train_records] == [0, 1]
+    trainer.test(model, datamodule=data, verbose=False)
+    assert float(trainer.callback_metrics["test/worst_group_acc"]) == pytest.approx(min(_truth(model)))
+    assert "test/adjusted_avg_acc" in trainer.callback_metrics
+    assert "test/group_acc/0" not in trainer.callback_metrics
+
+
+def test_train_accuracy_counts_every_batch_although_validation_runs_in_between():
+    class Frozen(OwnModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    model, monitor = Frozen(), WorstGroupMonitor(train=True)
+    trainer = _trainer(callbacks=[monitor], val_check_interval=0.5, max_epochs=1)
+    trainer.fit(model, _loader(X, Y, G), _loader(X[:20], Y[:20], G[:20]))
+    record = next(r for r in monitor.history if r["stage"] == "train")
+    assert [record[f"group_acc/{g}"] for g in range(4)] == pytest.approx(_truth(model))
+
+
+def test_history_survives_a_resume(tmp_path):
+    monitor = WorstGroupMonitor()
+    trainer = _trainer(callbacks=[monitor], max_epochs=1)
+    trainer.fit(OwnModule(), _loader(X, Y, G), _loader(X, Y, G))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = WorstGroupMonitor()
+    _trainer(callbacks=[again], max_epochs=2).fit(
+        OwnModule(), _loader(X, Y, G), _loader(X, Y, G), ckpt_path=tmp_path / "last.ckpt"
+    )
+    assert [record["epoch"] for record in again.history] == [0, 1]
+    assert again.history[0] == monitor.history[0]
+
+
+def test_two_monitors_live_in_one_trainer():
+    trainer = _trainer(callbacks=[WorstGroupMonitor(), WorstGroupMonitor(per_group=False)], max_epochs=1)
+    trainer.fit(OwnModule(), _loader(X, Y, G), _loader(X, Y, G))
+
+
+def test_runs_in_a_lightning_pytorch_trainer():
+    lightning = pytest.importorskip("lightning.pytorch")
+    import types
+
+    body = {k: v for k, v in vars(OwnModule).items() if isinstance(v, types.FunctionType) and k != "__init__"}
+
+    class Other(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.style = nn.Linear(6, 2), "forward"
+
+    for name, function in body.items():
+        setattr(Other, name, function)
+    model, monitor = Other(), WorstGroupMonitor()
+    trainer = _trainer(lightning, callbacks=[monitor], max_epochs=1)
+    trainer.fit(model, _loader(X, Y, G), _loader(X, Y, G))
+    assert float(trainer.callback_metrics["val/worst_group_acc"]) == pytest.approx(min(_truth(model)))
+
+
+def test_groups_missing_from_the_batch():
+    with pytest.raises(ValueError, match="needs groups, and the val batches have none"):
+        _trainer(callbacks=[WorstGroupMonitor()]).fit(OwnModule(), _loader(X, Y), _loader(X, Y))
+
+
+def test_predictions_that_cannot_be_seen():
+    with pytest.raises(RuntimeError, match="saw no predictions"):
+        _trainer(callbacks=[WorstGroupMonitor()]).fit(OwnModule("blind"), _loader(X, Y, G), _loader(X, Y, G))
+
+
+def test_group_sizes_differ_between_train_and_validation():
+    # Group 3 occurs in validation only, group 4 in training only.
+    rare = torch.where(G == 3, 4, G)
+    trainer = _trainer(callbacks=[WorstGroupMonitor()], max_epochs=1)
+    trainer.fit(OwnModule(), _loader(X, Y, rare), _loader(X, Y, G))
+    assert 0 <= float(trainer.callback_metrics["val/adjusted_avg_acc"]) <= 1
+
+
+def test_classifier_names_labels_out_of_range_and_a_diverged_loss():
+    bad = torch.where(Y == 1, 5, 0)
+    model = Classifier(nn.Linear(6, 2), cosine=False)
+    with pytest.raises(ValueError, match=r"class 5, but the model has 2 outputs"):
+        _trainer().fit(model, _loader(X, bad, G))
+    with pytest.raises(ValueError, match=r"training loss is nan .* learning rate"):
+        _trainer().fit(Classifier(nn.Linear(6, 2)), _loader(X * torch.nan, Y, G))
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_does(tmp_path):
+    import subprocess
+    import sys
+
+    script = tmp_path / "ddp.py"
+    script.write_text(
+        """
+import sys, torch, pytorch_lightning as pl
+from torch.utils.data import DataLoader, TensorDataset
+from demem.callbacks.worst_group import WorstGroupMonitor
+from demem.module import Classifier
+torch.set_num_threads(1)
+if __name__ == "__main__":
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] > 0).long(); g = 2 * y + (x[:, 1] > 1.0).long()
+    torch.manual_seed(0)
+    model = Classifier(torch.nn.Linear(6, 2), lr=0.0)
+    devices = int(sys.argv[1])
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=devices, logger=False, enable_checkpointing=False,
+        strategy="ddp_spawn" if devices > 1 else "auto", enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[WorstGroupMonitor(train=True)])
+    loader = lambda: DataLoader(TensorDataset(x, y, g), batch_size=5)
+    trainer.fit(model, loader(), loader())
+    logged = sorted(trainer.callback_metrics.items())
+    print("RESULT", [(k, round(float(v), 6)) for k, v in logged if "acc" in k and k != "val/acc"])
+"""
+    )
+    results = []
+    for devices in ("1", "2"):
+        done = subprocess.run([sys.executable, str(script), devices], capture_output=True, text=True, timeout=240)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        assert lines, done.stderr[-2000:]
+        results.append(lines[0])
+    assert results[0] == results[1]
+    assert "val/adjusted_avg_acc" in results[0]
