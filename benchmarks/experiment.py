@@ -1,0 +1,356 @@
+"""What every arm of the comparison is given: one data set, one seed, one way to train, one way to be judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from demem.batch import apply_model
+from demem.data import ColoredMNIST, Dominoes, GroupedDataModule, SpuriousDigits
+from demem.metrics import (
+    adjusted_average_accuracy_compute,
+    average_accuracy_compute,
+    group_accuracy_compute,
+    group_accuracy_update,
+    worst_group_accuracy_compute,
+)
+from demem.module import Classifier
+from demem.sites import find_head
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class Settings:
+    """Where things are, and what a run has learned so far.
+
+    Attributes:
+        data_root, weights, cache: folders and files named by the user.
+        choices: hyper-parameters that an arm chose on its first seed, by (data, arm, held-out source).
+        runs: networks trained on the seed at hand, so that arms that only refit a head share one ERM run.
+        on_epoch: called with the number of epochs done and in all.
+    """
+
+    data_root: Path | None = None
+    weights: Path | None = None
+    cache: Path | None = None
+    choices: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    runs: dict[Any, Run] = field(default_factory=dict)
+    on_epoch: Callable[[int, int], None] | None = None
+    on_caching: Callable[[str, int, int], None] | None = None
+
+    def root(self, task: str) -> Path:
+        if self.data_root is None:
+            raise ValueError(f"--data {task} reads a local folder: pass --data-root.")
+        return self.data_root
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set of the comparison with its network and training schedule."""
+
+    name: str
+    epochs: int
+    data: Callable[..., GroupedDataModule]  # (settings, seed=, held_out=, **options)
+    module: Callable[..., Classifier]  # (settings, **options), under a fixed seed
+    needs_root: bool = True
+
+
+@dataclass
+class Features:
+    """What the head reads, with labels and groups, for ``train`` (plain view), ``val`` and ``test``."""
+
+    z: dict[str, Tensor]
+    y: dict[str, Tensor]
+    group: dict[str, Tensor]
+    weight: Tensor
+    bias: Tensor
+
+    def outcome(self, head: tuple[Tensor, Tensor], config: dict[str, Any]) -> Outcome:
+        """The result of putting another head on these features."""
+        return Outcome({split: self.z[split] @ head[0].T + head[1] for split in SPLITS}, config)
+
+
+@dataclass
+class Run:
+    """A trained network."""
+
+    module: Classifier
+    data: GroupedDataModule
+    seconds: float
+    callbacks: Sequence[pl.Callback] = ()
+
+    @cached_property
+    def features(self) -> Features:
+        head = find_head(self.module)[1]
+        z, _ = zip(*(self._read(split) for split in SPLITS), strict=True)
+        sets = self._sets()
+        return Features(
+            dict(zip(SPLITS, z, strict=True)),
+            {split: sets[split].y for split in SPLITS},
+            {split: sets[split].group for split in SPLITS},
+            head.weight.detach().cpu(),
+            head.bias.detach().cpu(),
+        )
+
+    @cached_property
+    def logits(self) -> dict[str, Tensor]:
+        return {split: self._read(split)[1] for split in SPLITS}
+
+    def _sets(self) -> dict[str, Any]:
+        return {
+            "train": self.data.train_eval_dataset,
+            "val": self.data.val_dataset,
+            "test": self.data.test_dataset,
+        }
+
+    def _read(self, split: str) -> tuple[Tensor, Tensor]:
+        loader = {
+            "train": self.data.train_eval_dataloader,
+            "val": self.data.val_dataloader,
+            "test": self.data.test_dataloader,
+        }[split]()
+        rows: list[Tensor] = []
+        logits: list[Tensor] = []
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        module = self.module.to(device).eval()
+        handle = find_head(module)[1].register_forward_pre_hook(lambda _, args: rows.append(args[0].detach().cpu()))
+        try:
+            with torch.no_grad():
+                for x, _, _ in loader:
+                    logits.append(apply_model(module, x.to(device)).cpu())
+        finally:
+            handle.remove()
+            module.cpu()
+        return torch.cat(rows), torch.cat(logits)
+
+
+@dataclass
+class Outcome:
+    """What an arm hands back: logits ``(S, C)`` for each split, what it chose, and extras for the figures."""
+
+    logits: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One arm.
+
+    Attributes:
+        name: in the table and in ``results.jsonl``; arms of other tiers may share it.
+        tier: group labels seen: T0 none … T3 training groups.
+        selection: how hyper-parameters and epoch are chosen, in a few words.
+        run: the arm itself.
+        held_out: the held-out sources that it can use.
+        uses_erm: whether it starts from the shared ERM run, whose time then counts as its own.
+        grid: what is tuned, for the reader.
+    """
+
+    name: str
+    tier: str
+    selection: str
+    run: Callable[[Experiment], Outcome]
+    held_out: tuple[str, ...] = ("val", "iid")
+    uses_erm: bool = False
+    grid: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.tier}"
+
+
+class _Epochs(pl.Callback):
+    def __init__(self, report: Callable[[int, int], None], epochs: int) -> None:
+        self.report, self.epochs = report, epochs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.report(trainer.current_epoch + 1, self.epochs)
+
+
+class Experiment:
+    """One data set, seed and held-out source.
+
+    Initialisation, the order of the examples, the ``iid`` slice and the made data follow from the seed alone, and are
+    the same for every arm.
+    """
+
+    def __init__(self, task: Task, settings: Settings, seed: int, held_out: str = "val", epochs: int | None = None):
+        self.task, self.settings, self.seed, self.held_out = task, settings, seed, held_out
+        self.epochs = epochs or task.epochs
+        self.watch: Callable[[], list[pl.Callback]] = list
+
+    def data(self, **options: Any) -> GroupedDataModule:
+        """A fresh data module."""
+        data = self.task.data(self.settings, **{"seed": self.seed, "held_out": self.held_out, **options})
+        data.setup()
+        return data
+
+    def module(self, **options: Any) -> Classifier:
+        """A freshly initialised network."""
+        pl.seed_everything(self.seed, verbose=False)
+        return self.task.module(self.settings, **options)
+
+    def fit(
+        self,
+        module: Classifier | None = None,
+        data: GroupedDataModule | None = None,
+        callbacks: Sequence[pl.Callback] = (),
+        epochs: int | None = None,
+        validate: bool | None = None,
+    ) -> Run:
+        """Train by the task's schedule.
+
+        Args:
+            module: default :meth:`module`.
+            data: default :meth:`data`.
+            callbacks: of the Trainer.
+            epochs: default those of the experiment.
+            validate: run validation after each epoch; default: if there are callbacks.
+        """
+        start = time.perf_counter()
+        module, data = module or self.module(), data or self.data()
+        epochs = epochs or self.epochs
+        validate = bool(callbacks) if validate is None else validate
+        own = [_Epochs(self.settings.on_epoch, epochs)] if self.settings.on_epoch else []
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="auto",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=1.0 if validate else 0,
+            callbacks=[*callbacks, *own],
+        )
+        pl.seed_everything(self.seed, verbose=False)
+        trainer.fit(module, datamodule=data)
+        return Run(module, data, time.perf_counter() - start, callbacks)
+
+    def erm(self, held_out: str | None = None) -> Run:
+        """The ERM run of this seed, trained once; ``held_out`` names the source if not this experiment's."""
+        held_out = held_out or self.held_out
+        key = (self.task.name, self.seed, held_out, self.epochs)
+        if key not in self.settings.runs:
+            other = Experiment(self.task, self.settings, self.seed, held_out, self.epochs)
+            self.settings.runs[key] = other.fit(callbacks=self.watch())
+        return self.settings.runs[key]
+
+    def choose(self, arm: str, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Hyper-parameters of an expensive arm, tuned on the first seed of the run and kept for the others."""
+        key = (self.task.name, arm, self.held_out)
+        if key not in self.settings.choices:
+            self.settings.choices[key] = choose()
+        return self.settings.choices[key]
+
+
+def judge(outcome: Outcome, data: GroupedDataModule) -> dict[str, Any]:
+    """The accuracies of a row, on the test set and, by group, on the training set."""
+    groups, sizes = data.num_groups, data.train_group_counts
+    sets = {"train": data.train_eval_dataset, "test": data.test_dataset}
+    counts = {
+        split: group_accuracy_update(outcome.logits[split], rows.y, rows.group, groups)
+        for split, rows in sets.items()
+        if rows is not None
+    }
+    correct, total = counts["test"]
+    return {
+        "worst_group_acc": float(worst_group_accuracy_compute(correct, total)),
+        "group_acc": _by_group(correct, total),
+        "avg_acc": float(average_accuracy_compute(correct, total)),
+        "adjusted_avg_acc": float(adjusted_average_accuracy_compute(correct, total, sizes)),
+        "train_group_acc": _by_group(*counts["train"]),
+    }
+
+
+def _by_group(correct: Tensor, total: Tensor) -> list[float | None]:
+    accuracy = group_accuracy_compute(correct, total).tolist()
+    return [None if n == 0 else a for a, n in zip(accuracy, total.tolist(), strict=True)]
+
+
+# The data sets
+
+
+def _digits(settings: Settings, **options: Any) -> GroupedDataModule:
+    return SpuriousDigits(**options)
+
+
+def _digits_balanced(settings: Settings, **options: Any) -> GroupedDataModule:
+    return SpuriousDigits(correlation=0.5, **options)
+
+
+def _colored_mnist(settings: Settings, **options: Any) -> GroupedDataModule:
+    return ColoredMNIST(str(settings.root("colored_mnist")), **options)
+
+
+def _dominoes(correlation: float, **pairs: Any) -> Callable[..., GroupedDataModule]:
+    def make(settings: Settings, **options: Any) -> GroupedDataModule:
+        return Dominoes(str(settings.root("dominoes")), correlation, **pairs, **options)
+
+    return make
+
+
+def _waterbirds(settings: Settings, **options: Any) -> GroupedDataModule:
+    from benchmarks.waterbirds import WaterbirdsFeatures, cache_features
+
+    root = settings.root("waterbirds")
+    folder = cache_features(root, mobilenet_weights(settings), settings.cache, settings.on_caching)
+    return WaterbirdsFeatures(folder, **options)
+
+
+def _waterbirds_module(settings: Settings, **options: Any) -> Classifier:
+    from benchmarks.waterbirds import Tail, pretrained
+
+    return Classifier(Tail(pretrained(mobilenet_weights(settings))), freeze_batchnorm=True, **{"lr": 3e-3, **options})
+
+
+def mobilenet_weights(settings: Settings) -> Path:
+    """``--weights``, or ``mobilenetv2_100/model.safetensors`` below ``--data-root``."""
+    return settings.weights or settings.root("waterbirds") / "mobilenetv2_100" / "model.safetensors"
+
+
+def _cnn(in_chans: int) -> Callable[..., Classifier]:
+    def make(settings: Settings, **options: Any) -> Classifier:
+        return Classifier("small_cnn", in_chans=in_chans, **{"lr": 0.05, **options})
+
+    return make
+
+
+def _vit(settings: Settings, **options: Any) -> Classifier:
+    """A small ViT from scratch on dominoes: 7×7 patches of 56×28 pixels, 6 blocks of width 96."""
+    shape = {"img_size": (56, 28), "patch_size": 7, "embed_dim": 96, "depth": 6, "num_heads": 4}
+    options = {"lr": 1e-3, "optimizer": "adam", "weight_decay": 0.05, **options}
+    return Classifier("vit_tiny_patch16_224", in_chans=1, model_kwargs=shape, **options)
+
+
+def _resnet(settings: Settings, **options: Any) -> Classifier:
+    """A small ResNet from scratch on dominoes: four stages of one basic block each."""
+    shape = {"channels": (16, 32, 64, 128), "layers": (1, 1, 1, 1), "stem_width": 16}
+    return Classifier("resnet10t", in_chans=1, model_kwargs=shape, **{"lr": 0.05, **options})
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("digits", 20, _digits, _cnn(3), needs_root=False),
+        Task("digits_balanced", 20, _digits_balanced, _cnn(3), needs_root=False),
+        Task("colored_mnist", 10, _colored_mnist, _cnn(3)),
+        Task("dominoes", 10, _dominoes(0.95), _resnet),
+        Task("dominoes99", 10, _dominoes(0.99), _resnet),
+        Task("dominoes_shirts", 10, _dominoes(0.95, mnist_classes=(3, 8), fashion_classes=(2, 6)), _resnet),
+        Task("dominoes_vit", 15, _dominoes(0.95), _vit),
+        Task("waterbirds", 10, _waterbirds, _waterbirds_module),
+    )
+}
+"""The data sets by name; ``--data all`` is all of them."""
