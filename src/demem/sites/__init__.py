@@ -2,7 +2,7 @@
 
 from demem.sites.find import Site, check_finite, default_sites, find_head, find_sites, named_layers
 from demem.sites.gate import Gates, bake_gates, remove_gates
-from demem.sites.read import ActivationReader, Reduce, reduce_activation
+from demem.sites.read import ActivationReader, Reduce, eager, reduce_activation
 
 __all__ = [
     "ActivationReader",
@@ -12,6 +12,7 @@ __all__ = [
     "bake_gates",
     "check_finite",
     "default_sites",
+    "eager",
     "find_head",
     "find_sites",
     "named_layers",

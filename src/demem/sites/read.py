@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,19 @@ def reduce_activation(site: Site, activation: Tensor, reduce: Reduce = "auto") -
     raise ValueError(f"Unknown reduction {reduce!r}; use auto, mean, max, first_token or positions.")
 
 
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled modules as plain ones, and attention without its fused fast path, so that hooks inside them run."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch ≥ 2.6
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with set_stance("force_eager") if set_stance is not None else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
 class ActivationReader:
     """Context manager that collects the activations of several sites in one forward pass.
 
@@ -60,6 +74,7 @@ class ActivationReader:
             model(x)
             activations = reader.pop()      # {site name: (B, N)}
 
+    A model compiled with ``torch.compile`` runs eagerly meanwhile, since hooks added later have no effect on it.
     Reduction happens inside the hook, so an in-place ReLU that follows cannot rewrite what was read.
 
     Args:
@@ -74,8 +89,10 @@ class ActivationReader:
         self.ungated = ungated
         self._handles: list[RemovableHandle] = []
         self._rows: dict[str, list[Tensor]] = {}
+        self._stack = ExitStack()
 
     def __enter__(self) -> ActivationReader:
+        self._stack.enter_context(eager())
         for site in self.sites:
             if site.side == "output":
                 handle = site.module.register_forward_hook(self._output_hook(site), prepend=self.ungated)
@@ -89,6 +106,7 @@ class ActivationReader:
             handle.remove()
         self._handles.clear()
         self._rows.clear()
+        self._stack.close()
 
     def pop(self) -> dict[str, Tensor]:
         """What was read since the last call; a layer that ran twice (shared module) gives its rows one after the other.

@@ -1,5 +1,7 @@
 """Find the units that memorise: who is atypical, unit scores, critical units, the examples that were memorised."""
 
+from demem.tracing.ablation import ablation_impact, set_unit
+from demem.tracing.activation_difference import activation_difference_score, median_difference
 from demem.tracing.atypical import (
     atypical_by_error,
     atypical_by_group,
@@ -10,17 +12,68 @@ from demem.tracing.atypical import (
     example_losses,
     margins,
 )
+from demem.tracing.capture import Ranks, predict, read_features, select_rows
+from demem.tracing.critical import CriticalUnits, critical_units
 from demem.tracing.linear import linear_impact, linear_score
+from demem.tracing.magnitude import gradient_score, magnitude_score
+from demem.tracing.ranking import RankedExamples, average_precision, memorization_score, rank_examples
+from demem.tracing.report import UnitReport, trace
+from demem.tracing.scores import (
+    IMPACTS,
+    SCORES,
+    ScoreFunction,
+    head_impact,
+    impact_score,
+    score_units,
+    two_step_score,
+)
+from demem.tracing.taylor import taylor_impact
+from demem.tracing.topk import matched_units, random_units, top_units, units_to_masks
+from demem.tracing.weights import prunable_weights, top_weights, unit_norms, unit_of_weight
 
 __all__ = [
+    "IMPACTS",
+    "SCORES",
+    "CriticalUnits",
+    "RankedExamples",
+    "Ranks",
+    "ScoreFunction",
+    "UnitReport",
+    "ablation_impact",
+    "activation_difference_score",
     "atypical_by_error",
     "atypical_by_group",
     "atypical_by_margin",
     "atypical_by_score",
+    "average_precision",
     "choose_atypical",
     "class_mean",
+    "critical_units",
     "example_losses",
+    "gradient_score",
+    "head_impact",
+    "impact_score",
     "linear_impact",
     "linear_score",
+    "magnitude_score",
     "margins",
+    "matched_units",
+    "median_difference",
+    "memorization_score",
+    "predict",
+    "prunable_weights",
+    "random_units",
+    "rank_examples",
+    "read_features",
+    "score_units",
+    "select_rows",
+    "set_unit",
+    "taylor_impact",
+    "top_units",
+    "top_weights",
+    "trace",
+    "two_step_score",
+    "unit_norms",
+    "unit_of_weight",
+    "units_to_masks",
 ]

@@ -132,7 +132,7 @@ def atypical_by_group(y: Tensor, group: Tensor, group_counts: Tensor | None = No
     minority = torch.zeros(len(group_counts), dtype=torch.bool, device=group.device)
     seen: set[int] = set()
     for c in _classes(y, None):
-        groups = group[y == c].unique()
+        groups = torch.unique(group[y == c])
         if seen.intersection(groups.tolist()):
             raise ValueError("A group holds examples of two classes; number groups within each class.")
         seen.update(groups.tolist())
@@ -182,14 +182,14 @@ def class_mean(values: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
     Raises:
         ValueError: nothing is chosen.
     """
-    classes = y[chosen].unique()
+    classes = torch.unique(y[chosen])
     if not len(classes):
         raise ValueError("No atypical example was given.")
     return torch.stack([values[chosen & (y == c)].mean(0) for c in classes]).mean(0)
 
 
 def _classes(y: Tensor, num_classes: int | None) -> list[int]:
-    present: list[int] = y.unique().tolist()
+    present: list[int] = torch.unique(y).tolist()
     if num_classes is not None:
         if present and present[-1] >= num_classes:
             raise ValueError(f"Label {present[-1]} is out of range for {num_classes} classes.")

@@ -32,7 +32,8 @@ def linear_impact(
         features: ``(S, N)``, what the head reads.
         weight: ``(C, N)``, the head's weight; ``(1, N)`` is read as the two rows ``(0, w)``.
         y: ``(S,)`` class indices.
-        logits: ``(S, C)``, to tell the strongest wrong class; needed with three classes or more unless ``other`` is given.
+        logits: ``(S, C)``, to tell the strongest wrong class; needed with three classes or more unless
+            ``other`` is given.
         other: ``(S,)`` the wrong class to compare with.
         centre: what the unit is set to: its mean over the examples, zero, or a tensor ``(N,)``.
 

@@ -1,0 +1,204 @@
+"""Exact ablation: what each example loses when a unit is set to zero or to its mean and the network runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from demem.batch import Batch, apply_model
+from demem.sites import Site
+from demem.sites.find import first_tensor, replace_first_tensor
+from demem.tracing.atypical import margins
+from demem.tracing.capture import ALONE, Ranks, evaluating
+from demem.tracing.restart import CannotRestart, Restart
+from demem.tracing.taylor import Ablate
+
+Effect = Literal["loss", "margin", "accuracy"]
+
+
+def ablation_impact(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    *,
+    units: Mapping[str, Tensor] | None = None,
+    ablate: Ablate = "zero",
+    effect: Effect = "loss",
+    fast: bool = True,
+    max_rows: int = 2048,
+    ranks: Ranks = ALONE,
+) -> dict[str, Tensor]:
+    """What each example loses when a unit is ablated, one unit at a time.
+
+    The network is not run whole for every unit but restarted from the unit (:mod:`demem.tracing.restart`); where it
+    cannot be traced, it is run whole.
+
+    Args:
+        model: any module; run in evaluation mode and left as it was.
+        sites: from :func:`demem.sites.find_sites`.
+        batches: examples; gone through once for zero, twice for mean ablation.
+        units: ``{site: int64 indices}`` to ablate only these; all units of all sites if ``None``.
+        ablate: set the unit to zero, or to its mean over examples and positions.
+        effect: ``"loss"``: rise of the cross-entropy in nats; ``"margin"``: fall of the margin, in logits;
+            ``"accuracy"``: 1 where a right answer becomes wrong, −1 where a wrong one becomes right, else 0.
+        fast: ``False`` runs the whole network once a unit.
+        max_rows: examples times units computed together at most; a smaller number takes less memory.
+        ranks: of a distributed run, for the mean.
+
+    Returns:
+        ``{site: (S, N)}``, or ``(S, len(units[site]))`` in the order given; positive = the unit helps the example.
+
+    Raises:
+        ValueError: no examples, or an unknown option.
+        RuntimeError: a site's layer did not run.
+    """
+    if effect not in ("loss", "margin", "accuracy") or ablate not in ("zero", "mean"):
+        raise ValueError(f"Unknown effect {effect!r} or ablation {ablate!r}.")
+    if units is not None:
+        sites = [site for site in sites if site.name in units]
+    batches = batches if isinstance(batches, Sequence) else list(batches)
+    if not batches:
+        raise ValueError("There are no examples to trace.")
+    results: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    with evaluating(model), torch.no_grad():
+        widths, means = _channel_means(model, sites, batches, ranks)
+        plans = _plan(model, sites, batches[0].x) if fast else [(None, list(sites))]
+        for batch in batches:
+            for restart, members in plans:
+                before = restart.forward(batch.x) if restart else apply_model(model, batch.x)
+                before = before.float()
+                for site in members:
+                    width = widths[site.name] // site.channels_per_unit
+                    chosen = torch.arange(width) if units is None else units[site.name].cpu()
+                    centre = means[site.name].view(width, -1) if ablate == "mean" else None
+                    after = _ablate_site(model, restart, site, batch, chosen, centre, max_rows)
+                    results[site.name].append(_effect(effect, before, after, batch.y))
+    return {name: torch.cat(parts) for name, parts in results.items()}
+
+
+def _ablate_site(
+    model: nn.Module,
+    restart: Restart | None,
+    site: Site,
+    batch: Batch,
+    units: Tensor,
+    centre: Tensor | None,
+    max_rows: int,
+) -> Tensor:
+    """Logits ``(U, B, C)``."""
+    parts = []
+    at_once = max(1, max_rows // len(batch.y)) if restart else 1
+    for chunk in torch.split(units.to(batch.y.device), at_once):
+        mean = None if centre is None else centre[chunk]
+        if restart is not None:
+            parts.append(restart.ablated(site, chunk, mean))
+        else:
+            with set_unit(site, int(chunk), None if mean is None else mean[0]):
+                parts.append(apply_model(model, batch.x)[None])
+    return torch.cat(parts).float() if parts else torch.empty(0, len(batch.y), 2, device=batch.y.device)
+
+
+class set_unit:
+    """While active, one unit of a site is zero (or ``value``, one number per channel) for every example."""
+
+    def __init__(self, site: Site, unit: int, value: Tensor | None = None) -> None:
+        self.site, self.unit, self.value = site, unit, value
+        self._handle: Any = None
+
+    def __enter__(self) -> None:
+        site = self.site
+        if site.side == "output":
+            self._handle = site.module.register_forward_hook(lambda m, args, out: self._edit(out))
+        else:
+            self._handle = site.module.register_forward_pre_hook(lambda m, args: self._edit(args))
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _edit(self, value: Any) -> Any:
+        tensor = first_tensor(value).clone()
+        axis, k = self.site.unit_axis(tensor), self.site.channels_per_unit
+        part = tensor.narrow(axis, self.unit * k, k)
+        if self.value is None:
+            part.zero_()
+        else:
+            part.copy_(self.value.to(part).view(-1, *[1] * (-1 - axis)).expand_as(part))
+        return replace_first_tensor(value, tensor)
+
+
+def _effect(effect: Effect, before: Tensor, after: Tensor, y: Tensor) -> Tensor:
+    """``(B, U)`` from logits ``(B, C)`` before and ``(U, B, C)`` after."""
+    count, size = after.shape[:2]
+    labels = y.repeat(count)
+    flat = after.flatten(0, 1)
+    if not count:
+        return before.new_zeros(size, 0)
+    if effect == "loss":
+        loss = F.cross_entropy(flat, labels, reduction="none").view(count, size)
+        return (loss - F.cross_entropy(before, y, reduction="none")).t()
+    if effect == "margin":
+        return (margins(before, y) - margins(flat, labels).view(count, size)).t()
+    right = (flat.argmax(1) == labels).view(count, size).float()
+    return ((before.argmax(1) == y).float() - right).t()
+
+
+def _plan(model: nn.Module, sites: Sequence[Site], x: Any) -> list[tuple[Restart | None, list[Site]]]:
+    """Traced models and the sites each can restart from; sites without one are run whole."""
+    plain = [s for s in sites if next(s.module.children(), None) is None]
+    nested = [s for s in sites if s not in plain]
+    plans: list[tuple[Restart | None, list[Site]]] = []
+    whole: list[Site] = []
+    # A composite layer (a block) must stay whole to be a site, which hides the layers inside it: one trace for each.
+    for members in [plain, *[[s] for s in nested]]:
+        if not members:
+            continue
+        try:
+            if not isinstance(x, Tensor):
+                raise CannotRestart("The input is not a single tensor.")
+            plans.append((Restart(model, members, x), members))
+        except CannotRestart:
+            whole.extend(members)
+    return [*plans, (None, whole)] if whole else plans
+
+
+def _channel_means(
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], ranks: Ranks
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Number of channels, and mean of each over examples and positions, of every site."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    ran: set[str] = set()
+
+    def note(site: Site, value: Any) -> None:
+        tensor = first_tensor(value)
+        axis = site.unit_axis(tensor) % tensor.ndim
+        ran.add(site.name)
+        sums[site.name] = sums.get(site.name, 0) + tensor.sum(
+            [d for d in range(tensor.ndim) if d != axis], dtype=torch.double
+        )
+        counts[site.name] = counts.get(site.name, 0) + tensor.numel() // tensor.shape[axis]
+
+    handles = [
+        s.module.register_forward_hook(lambda m, a, out, s=s: note(s, out))
+        if s.side == "output"
+        else s.module.register_forward_pre_hook(lambda m, a, s=s: note(s, a))
+        for s in sites
+    ]
+    try:
+        for batch in batches:
+            apply_model(model, batch.x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [s.name for s in sites if s.name not in ran]
+    if missing:
+        raise RuntimeError(f"These layers did not run in the forward pass: {', '.join(missing)}.")
+    means = {
+        name: (ranks.total(value) / ranks.total(torch.tensor(float(counts[name]), device=value.device))).float()
+        for name, value in sums.items()
+    }
+    return {name: len(value) for name, value in sums.items()}, means

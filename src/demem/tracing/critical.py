@@ -1,0 +1,150 @@
+"""How many units must be removed to flip one example (Maini et al. 2023, the search for critical neurons)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from demem.batch import Batch, apply_model
+from demem.sites import Site
+from demem.sites.find import first_tensor, replace_first_tensor
+from demem.tracing.capture import evaluating, select_rows
+
+
+class CriticalUnits(NamedTuple):
+    """Result of :func:`critical_units`.
+
+    Attributes:
+        removed: ``(S,)`` units removed when the prediction left the label; ``cap + 1`` where the cap did not do it, 0
+            for examples that were misclassified before.
+        units: ``(S, cap)`` the units in the order of removal, numbered through all sites, −1 where none.
+        offsets: ``{site: number of its first unit}``.
+    """
+
+    removed: Tensor
+    units: Tensor
+    offsets: dict[str, int]
+
+
+def critical_units(model: nn.Module, sites: Sequence[Site], batch: Batch, cap: int = 20) -> CriticalUnits:
+    r"""Zero units one by one, for each example its own, until its prediction flips.
+
+    In every step an example's most helpful remaining unit goes: the one with the largest first-order rise of the
+    example's own loss, :math:`-\sum_p a \,\partial L / \partial a`, gradient taken with the units so far removed.  (For
+    a unit without bias this equals minus the paper's :math:`\sum w\,\partial L/\partial w` over the unit's weights.)
+    All examples of the batch take their step together; those that have flipped leave it.
+
+    Args:
+        model: run in evaluation mode and left as it was.
+        sites: whose units may be removed.
+        batch: as many examples as fit in memory.
+        cap: most units to remove from one example.
+
+    Returns:
+        see :class:`CriticalUnits`.
+
+    Raises:
+        ValueError: ``cap`` is not positive.
+    """
+    if cap < 1:
+        raise ValueError(f"cap must be positive, got {cap}.")
+    total = len(batch.y)
+    device = batch.y.device
+    count = torch.zeros(total, dtype=torch.long, device=device)
+    history = torch.full((total, cap), -1, dtype=torch.long, device=device)
+    with evaluating(model):
+        gates = _ExampleGates(sites)
+        with gates:
+            active = torch.arange(total, device=device)
+            for step in range(cap + 1):
+                part = batch if len(active) == total else select_rows(batch, active)
+                gates.start(active)
+                # The last step needs no gradient: it only asks whether the cap was enough.
+                with torch.set_grad_enabled(step < cap):
+                    logits = apply_model(model, part.x).float()
+                    still = logits.argmax(1) == part.y
+                    if step < cap and bool(still.any()):
+                        F.cross_entropy(logits, part.y, reduction="sum").backward()  # type: ignore[no-untyped-call]
+                        rise = gates.rise()
+                        best = rise.argmax(1)
+                        ahead = active[still]
+                        history[ahead, step] = best[still]
+                        gates.remove(ahead, best[still])
+                count[active[still]] = step + 1
+                active = active[still]
+                if not len(active):
+                    break
+        offsets = gates.offsets
+    return CriticalUnits(count, history, offsets)
+
+
+class _ExampleGates:
+    """A gate for every unit and every example, and the gradient of the loss with respect to it."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = list(sites)
+        self.offsets: dict[str, int] = {}
+        self._removed: dict[str, list[tuple[Tensor, Tensor]]] = {s.name: [] for s in sites}
+        self._gates: dict[str, Tensor] = {}
+        self._active = torch.empty(0)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for site in self.sites:
+            if site.side == "output":
+                hook: Any = lambda m, args, out, s=site: self._gate(s, out)  # noqa: E731
+                self._handles.append(site.module.register_forward_hook(hook))
+            else:
+                hook = lambda m, args, s=site: self._gate(s, args)  # noqa: E731
+                self._handles.append(site.module.register_forward_pre_hook(hook))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def start(self, active: Tensor) -> None:
+        self._active = active
+        self._gates = {}
+
+    def _gate(self, site: Site, value: Any) -> Any:
+        tensor = first_tensor(value)
+        axis = site.unit_axis(tensor)
+        units = tensor.shape[axis] // site.channels_per_unit
+        gate = self._gates.get(site.name)
+        if gate is None:
+            gate = torch.ones(len(self._active), units, device=tensor.device)
+            if site.name not in self.offsets:
+                self.offsets[site.name] = self._next
+                self._next += units
+            for example, unit in self._removed[site.name]:
+                hit = (self._active[:, None] == example[None]).nonzero()
+                gate[hit[:, 0], unit[hit[:, 1]]] = 0
+            gate.requires_grad_(torch.is_grad_enabled())
+            self._gates[site.name] = gate
+        wide = gate.repeat_interleave(site.channels_per_unit, 1) if site.channels_per_unit > 1 else gate
+        shape = [1] * tensor.ndim
+        shape[0], shape[axis] = len(self._active), tensor.shape[axis]
+        return replace_first_tensor(value, tensor * wide.to(tensor.dtype).view(shape))
+
+    _next = 0
+
+    def rise(self) -> Tensor:
+        """``(A, all units)``: first-order rise of the loss if the unit goes too; −∞ for units that are gone."""
+        columns = []
+        for name in sorted(self.offsets, key=lambda n: self.offsets[n]):
+            gate = self._gates[name]
+            gradient = gate.grad if gate.grad is not None else torch.zeros_like(gate)
+            columns.append((-gradient).masked_fill(gate.detach() == 0, float("-inf")))
+        return torch.cat(columns, 1)
+
+    def remove(self, examples: Tensor, units: Tensor) -> None:
+        for site in self.sites:
+            first = self.offsets[site.name]
+            size = self._gates[site.name].shape[1]
+            here = (units >= first) & (units < first + size)
+            if bool(here.any()):
+                self._removed[site.name].append((examples[here], units[here] - first))

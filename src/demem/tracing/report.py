@@ -1,0 +1,222 @@
+"""The tracing report: every unit with its scores, as a table on disk and a figure."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from demem.batch import Batch
+from demem.sites import Site
+from demem.tracing.atypical import class_mean
+from demem.tracing.capture import ALONE, Ranks
+from demem.tracing.ranking import RankedExamples
+from demem.tracing.scores import IMPACTS, impact_score, labels_and_chosen, score_units
+from demem.tracing.topk import top_units
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """Scores of all units of all traced sites.
+
+    Attributes:
+        columns: ``{column: {site: (N,)}}`` on the CPU.  One column for each score by its name; for scores that are
+            impacts on examples also ``impact_atypical/<score>`` and ``impact_typical/<score>``, the mean impact on
+            either kind (positive = the unit helps them).
+        impacts: ``{score: {site: (S, N)}}`` for those scores, rows in the order of the traced examples.
+    """
+
+    columns: dict[str, dict[str, Tensor]]
+    impacts: dict[str, dict[str, Tensor]]
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the scores, the impact columns left out."""
+        return [name for name in self.columns if "/" not in name]
+
+    def top(self, score: str | None = None, k: int | float = 20, within: bool = False) -> dict[str, Tensor]:
+        """Top units by a score (the first one if ``None``), see :func:`~demem.tracing.topk.top_units`."""
+        return top_units(self.columns[self.scores[0] if score is None else score], k, within)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per unit: ``site``, ``unit``, and every column; sorted by the first score, best first."""
+        table = []
+        for site in next(iter(self.columns.values())):
+            values = {column: by_site[site].tolist() for column, by_site in self.columns.items()}
+            table += [
+                {"site": site, "unit": unit, **{column: v[unit] for column, v in values.items()}}
+                for unit in range(len(next(iter(values.values()))))
+            ]
+        first = self.scores[0]
+        return sorted(table, key=lambda row: -row[first])
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write :meth:`rows` as CSV."""
+        return write_table(self.rows(), path)
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write :meth:`rows` as parquet.
+
+        Raises:
+            RuntimeError: pandas or pyarrow is not installed.
+        """
+        path = Path(path)
+        try:
+            import pandas as pd
+            import pyarrow  # type: ignore[import-untyped,import-not-found,unused-ignore]  # noqa: F401
+        except ImportError as error:
+            raise RuntimeError(
+                "Writing parquet needs pandas and pyarrow: pip install pandas pyarrow, or write CSV."
+            ) from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(self.rows()).to_parquet(path, index=False)
+        return path
+
+    def figure(self, path: str | Path, score: str | None = None, k: int = 20) -> Path:
+        """The unit map of one impact score: impact on typical against impact on atypical examples, top units marked.
+
+        A score that is no impact on examples is drawn as its values in order, by site.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        score = self.scores[0] if score is None else score
+        chosen = self.top(score, min(k, sum(len(v) for v in self.columns[score].values())))
+        canvas = Figure(figsize=(6.0, 5.0), layout="constrained")
+        FigureCanvasAgg(canvas)
+        axes = canvas.add_subplot()
+        on_atypical = self.columns.get(f"impact_atypical/{score}")
+        on_typical = self.columns.get(f"impact_typical/{score}")
+        for i, (site, values) in enumerate(self.columns[score].items()):
+            if on_atypical is not None and on_typical is not None:
+                x, y = on_typical[site], on_atypical[site]
+            else:
+                x, y = torch.arange(len(values)), values.sort(descending=True).values
+            axes.scatter(x, y, s=8, alpha=0.6, label=site if i < 12 else None, color=f"C{i % 10}")
+            if site in chosen and on_atypical is not None:
+                axes.scatter(x[chosen[site]], y[chosen[site]], s=28, facecolors="none", edgecolors="black")
+        if on_atypical is not None:
+            axes.axhline(0, color="grey", lw=0.5)
+            axes.axvline(0, color="grey", lw=0.5)
+            axes.set_xlabel("mean impact on typical examples (positive: the unit helps)")
+            axes.set_ylabel("mean impact on atypical examples")
+        else:
+            axes.set_xlabel("rank within the site")
+            axes.set_ylabel(score)
+        axes.set_title(f"Units by {score}, top {k} circled" if on_atypical is not None else f"Units by {score}")
+        axes.legend(fontsize=6)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.savefig(path, dpi=130)
+        return path
+
+
+def trace(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    atypical: Tensor,
+    *,
+    scores: Sequence[str] = ("taylor",),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    ranks: Ranks = ALONE,
+) -> UnitReport:
+    """Score every unit of the sites; the model is left as it was, bit for bit.
+
+    Args:
+        model: any module that maps ``batch.x`` to logits.
+        sites: from :func:`demem.sites.find_sites`.
+        batches: held-out examples, typical and atypical; gone through once or more for every score.
+        atypical: bool ``(S,)`` over all examples, from :func:`~demem.tracing.atypical.choose_atypical` or your own.
+        scores: names in :data:`~demem.tracing.scores.SCORES`; the first one orders the table.
+        options: ``{score: keyword arguments}``.
+        ranks: of a distributed run.
+
+    Raises:
+        ValueError: unknown score, no atypical example, or as the scores.
+    """
+    if not scores:
+        raise ValueError("Name at least one score.")
+    y, chosen = labels_and_chosen(batches, atypical)
+    labels, kind = ranks.gather(y), ranks.gather(chosen)
+    if not bool(kind.any()):
+        raise ValueError("No example is atypical.")
+    columns: dict[str, dict[str, Tensor]] = {}
+    extra: dict[str, dict[str, Tensor]] = {}
+    impacts = {}
+    for name in dict.fromkeys(scores):
+        keywords = dict((options or {}).get(name, {}))
+        if name not in IMPACTS:
+            columns[name] = _cpu(score_units(name, model, sites, batches, atypical=chosen, ranks=ranks, **keywords))
+            continue
+        impact = IMPACTS[name](model, sites, batches, ranks=ranks, **keywords)
+        columns[name] = _cpu(impact_score(impact, y, chosen, ranks))
+        everyone = {site: ranks.gather(rows) for site, rows in impact.items()}
+        impacts[name] = _cpu(everyone)
+        extra[f"impact_atypical/{name}"] = {s: -v for s, v in columns[name].items()}
+        if not bool(kind.all()):
+            extra[f"impact_typical/{name}"] = _cpu({s: class_mean(v, labels, ~kind) for s, v in everyone.items()})
+    return UnitReport({**columns, **extra}, impacts)
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Write dicts with the same keys as CSV.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("There is nothing to write.")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_examples(ranked: RankedExamples, path: str | Path) -> Path:
+    """The table of memorised examples as CSV: ``rank, index, label, score``."""
+    columns = zip(ranked.position.tolist(), ranked.label.tolist(), ranked.score.tolist(), strict=True)
+    return write_table([{"rank": i, "index": p, "label": y, "score": s} for i, (p, y, s) in enumerate(columns)], path)
+
+
+def picture_grid(images: Tensor, titles: Sequence[str], path: str | Path, columns: int = 8) -> Path:
+    """Images ``(k, C, H, W)`` in a grid, each stretched to its own range.
+
+    Raises:
+        ValueError: these are not images.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if images.ndim == 3:
+        images = images[:, None]
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"Expected images (k, C, H, W), got {tuple(images.shape)}.")
+    images = images.detach().float().cpu()
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+    low, high = images.flatten(1).amin(1), images.flatten(1).amax(1)
+    images = (images - low.view(-1, 1, 1, 1)) / (high - low).clamp_min(1e-12).view(-1, 1, 1, 1)
+    lines = -(-len(images) // columns)
+    canvas = Figure(figsize=(1.3 * columns, 1.5 * lines), layout="constrained")
+    FigureCanvasAgg(canvas)
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+        axes = canvas.add_subplot(lines, columns, i + 1)
+        axes.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray")
+        axes.set_title(title, fontsize=6)
+        axes.axis("off")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=110)
+    return path
+
+
+def _cpu(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in values.items()}

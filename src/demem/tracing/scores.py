@@ -1,0 +1,194 @@
+"""Unit scores by name: one call for every way of asking which units memorise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from demem.batch import Batch
+from demem.sites import Site
+from demem.tracing.ablation import Effect, ablation_impact
+from demem.tracing.activation_difference import activation_difference_score
+from demem.tracing.atypical import class_mean
+from demem.tracing.capture import ALONE, Ranks, read_features, select_rows
+from demem.tracing.linear import linear_impact
+from demem.tracing.magnitude import gradient_score, magnitude_score
+from demem.tracing.taylor import Ablate, taylor_impact
+from demem.tracing.topk import top_units
+
+ScoreFunction = Callable[..., dict[str, Tensor]]
+ImpactFunction = Callable[..., dict[str, Tensor]]
+
+
+def head_impact(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    *,
+    ablate: Ablate = "mean",
+    ranks: Ranks = ALONE,
+) -> dict[str, Tensor]:
+    """:func:`~demem.tracing.linear.linear_impact` of the units that a linear head reads, in one pass.
+
+    Args:
+        model: any module; left as it was.
+        sites: inputs of the linear layer that makes the logits, e.g. ``"fc:input"``.
+        batches: examples.
+        ablate: what the unit is compared with, its mean over the examples or zero.
+        ranks: of a distributed run, for the mean.
+
+    Returns:
+        ``{site: (S, N)}`` in logits, positive = the unit helps the example.
+
+    Raises:
+        ValueError: a site is not the input of a linear layer with as many outputs as there are logits.
+    """
+    features, logits, y = read_features(model, sites, batches)
+    impact = {}
+    for site in sites:
+        weight = getattr(site.module, "weight", None)
+        rows = features[site.name]
+        fits = isinstance(site.module, nn.Linear) and site.side == "input" and len(rows) == len(y)
+        if not fits or not isinstance(weight, Tensor) or len(weight) not in (1, logits.shape[1]):
+            raise ValueError(
+                f"Site {site.name!r} does not feed the classification head directly; the score 'linear' is for the "
+                "input of the layer that makes the logits. Use 'taylor' or 'ablation' elsewhere."
+            )
+        centre = ranks.total(rows.sum(0)) / ranks.total(torch.tensor(float(len(rows)), device=rows.device))
+        impact[site.name] = linear_impact(
+            rows, weight.detach().float(), y, logits=logits, centre=centre if ablate == "mean" else "zero"
+        )
+    return impact
+
+
+IMPACTS: dict[str, ImpactFunction] = {
+    "taylor": taylor_impact,
+    "ablation": ablation_impact,
+    "linear": head_impact,
+}
+"""Effect of each unit on each example: ``(model, sites, batches, **options)`` → ``{site: (S, N)}``."""
+
+
+def impact_score(impact: Mapping[str, Tensor], y: Tensor, atypical: Tensor, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    """Minus the mean impact on the atypical examples, averaged over their classes, ``{site: (N,)}``.
+
+    High = the unit hurts the atypical examples, so that removing it should help them.
+    """
+    labels, chosen = ranks.gather(y), ranks.gather(atypical.to(y.device))
+    return {name: -class_mean(ranks.gather(rows), labels, chosen) for name, rows in impact.items()}
+
+
+def _from_impact(name: str) -> ScoreFunction:
+    def score(
+        model: nn.Module,
+        sites: Sequence[Site],
+        batches: Iterable[Batch],
+        *,
+        atypical: Tensor | None = None,
+        ranks: Ranks = ALONE,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        batches = batches if isinstance(batches, Sequence) else list(batches)
+        y, chosen = labels_and_chosen(batches, atypical)
+        return impact_score(IMPACTS[name](model, sites, batches, ranks=ranks, **options), y, chosen, ranks)
+
+    score.__doc__ = f"Minus the mean {name!r} impact on the atypical examples (all if ``None``), ``{{site: (N,)}}``."
+    return score
+
+
+def two_step_score(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    *,
+    atypical: Tensor | None = None,
+    shortlist: int | float = 0.01,
+    ablate: Ablate = "zero",
+    effect: Effect = "loss",
+    ranks: Ranks = ALONE,
+) -> dict[str, Tensor]:
+    """Taylor scores for all units, replaced by exact ablation for the shortlist of the highest ones.
+
+    Only the atypical examples are run.
+
+    Args:
+        model: any module; left as it was.
+        sites: from :func:`demem.sites.find_sites`.
+        batches: examples.
+        atypical: bool ``(S,)``; all examples if ``None``.
+        shortlist: how many units (or what share of them) to confirm.
+        ablate: see :func:`~demem.tracing.ablation.ablation_impact`, as is ``effect``.
+        effect: what is measured for the shortlist.
+        ranks: of a distributed run.
+
+    Returns:
+        ``{site: (N,)}``.  Units that are not confirmed are held below the lowest confirmed one, so that the top
+        of the ranking is exact.
+
+    Raises:
+        ValueError: as the two scores.
+    """
+    batches = batches if isinstance(batches, Sequence) else list(batches)
+    _, chosen = labels_and_chosen(batches, atypical)
+    kept, start = [], 0
+    for batch in batches:
+        here = chosen[start : start + len(batch.y)]
+        start += len(batch.y)
+        if bool(here.any()):
+            kept.append(select_rows(batch, here))
+    y, everything = labels_and_chosen(kept, None)
+    scores = impact_score(taylor_impact(model, sites, kept, ablate=ablate, ranks=ranks), y, everything, ranks)
+    units = top_units(scores, shortlist)
+    exact = ablation_impact(model, sites, kept, units=units, ablate=ablate, effect=effect, ranks=ranks)
+    confirmed = impact_score(exact, y, everything, ranks)
+    floor = torch.stack([v.min() for v in confirmed.values()]).min().double()
+    for name, estimate in scores.items():
+        below = torch.nextafter(floor.to(estimate), torch.full_like(estimate[0], -torch.inf))
+        scores[name] = torch.minimum(estimate, below)
+        if name in units:
+            scores[name][units[name]] = confirmed[name].to(estimate)
+    return scores
+
+
+SCORES: dict[str, ScoreFunction] = {
+    "magnitude": magnitude_score,
+    "gradient": gradient_score,
+    "activation_difference": activation_difference_score,
+    "taylor": _from_impact("taylor"),
+    "ablation": _from_impact("ablation"),
+    "linear": _from_impact("linear"),
+    "two_step": two_step_score,
+}
+"""``(model, sites, batches, *, atypical=None, ranks=ALONE, **options)`` → ``{site: (N,)}``, high = memorises."""
+
+
+def score_units(
+    name: str, model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], **options: Any
+) -> dict[str, Tensor]:
+    """The score of that name from :data:`SCORES`.
+
+    Raises:
+        ValueError: there is no such score (the message lists them), and as the score.
+    """
+    if name not in SCORES:
+        raise ValueError(f"Unknown score {name!r}; there are {sorted(SCORES)}.")
+    return SCORES[name](model, sites, batches, **options)
+
+
+def labels_and_chosen(batches: Sequence[Batch], atypical: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Labels ``(S,)`` of all batches, and the mask on their device (all ``True`` if ``None``).
+
+    Raises:
+        ValueError: no examples, or the mask is not a boolean of one entry per example.
+    """
+    if not batches:
+        raise ValueError("There are no examples to trace.")
+    y = torch.cat([batch.y for batch in batches])
+    if atypical is None:
+        return y, torch.ones_like(y, dtype=torch.bool)
+    if atypical.shape != y.shape or atypical.dtype != torch.bool:
+        raise ValueError(f"`atypical` must be a boolean mask of shape {tuple(y.shape)}, got {tuple(atypical.shape)}.")
+    return y, atypical.to(y.device)
