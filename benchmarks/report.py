@@ -1,0 +1,346 @@
+"""Table and figures from the rows on disk."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.results import read_jsonl
+
+Row = dict[str, Any]
+Arm = tuple[str, str, str]  # method, tier, held-out source
+
+COLUMNS = (
+    "method",
+    "tier",
+    "held out",
+    "worst group",
+    "− ERM",
+    "p",
+    "avg",
+    "adjusted avg",
+    "train worst",
+    "n",
+    "s",
+)
+
+LEGEND = """\
+Test accuracy in percent, mean ± standard deviation over n seeds. *− ERM*: mean difference in worst-group accuracy on the
+same seeds and held-out source, with its 95% interval; *p*: paired t-test. *train worst*: worst-group accuracy on the
+training set. *s*: seconds a row, training included. Tiers, by the group labels seen: T0 none, T1 validation groups for
+selection, T2 validation groups inside the method, T3 training groups.
+"""
+
+
+def write_report(out: Path, console: Console | None = None) -> None:
+    """Print the table; write ``table.md`` and the figures that the rows in ``out`` allow.
+
+    Args:
+        out: holds ``results.jsonl`` and, for some figures, ``diversity.jsonl``, ``units.jsonl`` and ``rounds.jsonl``.
+        console: where to print; ``None`` prints nothing.
+    """
+    rows = latest(read_jsonl(out / "results.jsonl"))
+    markdown = ["# Worst-group accuracy\n"]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        lines = summarise([row for row in rows if row["data"] == data])
+        epochs = sorted({row["epochs"] for row in rows if row["data"] == data})
+        if console is not None:
+            console.print(_console_table(data, epochs, lines))
+        markdown += [
+            f"## {data}\n",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|" + "---|" * len(COLUMNS),
+            *("| " + " | ".join(line) + " |" for line in lines),
+            "",
+        ]
+    markdown.append(LEGEND)
+    (out / "table.md").write_text("\n".join(markdown), encoding="utf-8")
+    figures = draw_figures(out, rows)
+    if console is not None:
+        console.print(f"Rows, table and {len(figures)} figures are in {out}/.", highlight=False)
+        console.print(next_step(rows), highlight=False, style="bold")
+
+
+def _console_table(data: str, epochs: list[int], lines: list[list[str]]) -> Table:
+    """The columns that fit a terminal of 80 characters."""
+    sources = sorted({line[2] for line in lines})
+    shown = [0, 1, *([2] if len(sources) > 1 else []), 3, 4, 5, 7]
+    title = f"{data}, {'/'.join(map(str, epochs))} epochs, held out: {' and '.join(sources)} (test accuracy, %)"
+    table = Table(title=title, box=box.SIMPLE)
+    for i in shown:
+        table.add_column(COLUMNS[i], justify="left" if i < 3 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*(line[i] for i in shown))
+    return table
+
+
+def latest(rows: list[Row]) -> list[Row]:
+    """The last row of each arm, data set and seed; of several numbers of epochs on disk the last one written."""
+    epochs = {row["data"]: row["epochs"] for row in rows}
+    kept = {(*arm(row), row["data"], row["seed"]): row for row in rows if row["epochs"] == epochs[row["data"]]}
+    return list(kept.values())
+
+
+def arm(row: Row) -> Arm:
+    return row["method"], row["tier"], row["held_out"]
+
+
+def arms(rows: list[Row]) -> dict[Arm, list[Row]]:
+    found: dict[Arm, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[arm(row)].append(row)
+    return dict(found)
+
+
+def paired(rows: list[Row], reference: list[Row]) -> tuple[float, float, float] | None:
+    """Mean difference in worst-group accuracy on shared seeds, half its 95% interval, and the p of a paired t-test."""
+    from scipy import stats
+
+    base = {row["seed"]: row["worst_group_acc"] for row in reference}
+    differences = [row["worst_group_acc"] - base[row["seed"]] for row in rows if row["seed"] in base]
+    if not differences:
+        return None
+    half, p = math.nan, math.nan
+    if len(differences) > 1 and stdev(differences) > 0:
+        half = float(stats.t.ppf(0.975, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
+        p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return mean(differences), half, p
+
+
+def summarise(rows: list[Row]) -> list[list[str]]:
+    """One line of text cells per arm of one data set, by held-out source, tier and worst-group accuracy."""
+    found = arms(rows)
+    lines = []
+    order = sorted(found, key=lambda a: (a[2] != "val", a[1], mean(r["worst_group_acc"] for r in found[a])))
+    for name in order:
+        these = found[name]
+        compared = None if name[0] == "erm" else paired(these, found.get(("erm", "T0", name[2]), []))
+        if compared is None:
+            difference, p = "", ""
+        else:
+            difference = f"{100 * compared[0]:+.1f}" + (
+                "" if math.isnan(compared[1]) else f" ± {100 * compared[1]:.1f}"
+            )
+            p = "" if math.isnan(compared[2]) else f"{compared[2]:.3f}" if compared[2] >= 0.001 else "<.001"
+        train = [min(a for a in row["train_group_acc"] if a is not None) for row in these]
+        lines.append(
+            [
+                *name,
+                _spread([row["worst_group_acc"] for row in these]),
+                difference,
+                p,
+                _spread([row["avg_acc"] for row in these]),
+                _spread([row["adjusted_avg_acc"] for row in these]),
+                _spread(train),
+                str(len(these)),
+                f"{mean(row['seconds'] for row in these):.0f}",
+            ]
+        )
+    return lines
+
+
+def next_step(rows: list[Row]) -> str:
+    """One line: what to do next."""
+    if not rows:
+        return "Next: no rows yet; run python -m benchmarks compare."
+    data = rows[-1]["data"]
+    found = arms([row for row in rows if row["data"] == data])
+    if all(len(these) < 5 for these in found.values()):
+        return "Next: five seeds or more for a comparison that holds: --seeds 5 --resume."
+    if data == "digits" and not any(row["data"] != "digits" for row in rows):
+        return (
+            "Next: your own data: Trainer(callbacks=[MemorizationRemover()]), or --data waterbirds --data-root FOLDER."
+        )
+    ours = {a: these for a, these in found.items() if a[0] == "demem"}
+    if ours:
+        best = max(ours, key=lambda a: mean(r["worst_group_acc"] for r in ours[a]))
+        return f"Next: use the best demem arm ({best[1]}, held out: {best[2]}) in your Trainer: see configs/method/."
+    return "Next: add the remover to the comparison: --methods erm,demem --resume."
+
+
+def draw_figures(out: Path, rows: list[Row]) -> list[Path]:
+    """Every figure whose rows are there, as PNG files in ``out``."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    figures = [
+        _worst_group(out, rows),
+        _worst_against_average(out, rows),
+        _gap(out, rows),
+        _diversity(out, read_jsonl(out / "diversity.jsonl")),
+        _units(out, read_jsonl(out / "units.jsonl")),
+        _rounds(out, read_jsonl(out / "rounds.jsonl")),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _interval(values: list[float]) -> float:
+    """Half the 95% interval of the mean (t)."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return 0.0
+    return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def _panels(count: int, width: float = 5.0, height: float = 3.6) -> tuple[Any, list[Any]]:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _name(name: Arm, sources: set[str]) -> str:
+    return f"{name[0]} {name[1]}" + (f" ({name[2]})" if len(sources) > 1 else "")
+
+
+def _by_data(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["data"]].append(row)
+    return dict(found)
+
+
+def _worst_group(out: Path, rows: list[Row]) -> Path | None:
+    data = _by_data(rows)
+    if not data:
+        return None
+    tallest = max(len(arms(these)) for these in data.values())
+    figure, axes = _panels(len(data), height=1.2 + 0.32 * tallest)
+    for axis, (name, these) in zip(axes, data.items(), strict=True):
+        found = arms(these)
+        sources = {a[2] for a in found}
+        order = sorted(found, key=lambda a: mean(r["worst_group_acc"] for r in found[a]))
+        values = [[100 * r["worst_group_acc"] for r in found[a]] for a in order]
+        colors = ["C1" if a[0] == "demem" else "C7" if a[0] == "erm" else "C0" for a in order]
+        axis.barh(range(len(order)), [mean(v) for v in values], xerr=[_interval(v) for v in values], color=colors)
+        for y, value in enumerate(values):
+            axis.plot(value, [y] * len(value), "k.", markersize=3)
+        axis.set_yticks(range(len(order)), [_name(a, sources) for a in order])
+        axis.set(title=name, xlabel="worst-group accuracy, % (95% interval, seeds)", xlim=(0, 100))
+    return _save(figure, out / "worst_group.png")
+
+
+def _worst_against_average(out: Path, rows: list[Row]) -> Path | None:
+    data = _by_data(rows)
+    if not data:
+        return None
+    figure, axes = _panels(len(data))
+    for axis, (name, these) in zip(axes, data.items(), strict=True):
+        found = arms(these)
+        sources = {a[2] for a in found}
+        for a, group in found.items():
+            x = [100 * r["adjusted_avg_acc"] for r in group]
+            y = [100 * r["worst_group_acc"] for r in group]
+            style = {"marker": "*", "markersize": 11} if a[0] == "demem" else {"marker": "o"}
+            axis.errorbar(mean(x), mean(y), _interval(y), _interval(x), capsize=2, label=_name(a, sources), **style)
+        axis.set(title=name, xlabel="adjusted average accuracy, %", ylabel="worst-group accuracy, %")
+        axis.legend(fontsize=6)
+    return _save(figure, out / "worst_against_average.png")
+
+
+def _gap(out: Path, rows: list[Row]) -> Path | None:
+    """Memorization gap: training minus test accuracy of the group that is worst on the test set of ERM."""
+    data = {name: these for name, these in _by_data(rows).items() if any(r["method"] == "erm" for r in these)}
+    if not data:
+        return None
+    tallest = max(len(arms(these)) for these in data.values())
+    figure, axes = _panels(len(data), height=1.2 + 0.32 * tallest)
+    for axis, (name, these) in zip(axes, data.items(), strict=True):
+        found = arms(these)
+        sources = {a[2] for a in found}
+        erm = next(group for a, group in found.items() if a[0] == "erm")
+        groups = range(len(erm[0]["group_acc"]))
+        worst = min(groups, key=lambda g: mean(r["group_acc"][g] if r["group_acc"][g] is not None else 1 for r in erm))
+        gaps = {a: _group_gap(group, worst) for a, group in found.items()}
+        order = sorted(gaps, key=lambda a: -gaps[a])
+        axis.barh(range(len(order)), [gaps[a] for a in order], color=["C1" if a[0] == "demem" else "C0" for a in order])
+        axis.set_yticks(range(len(order)), [_name(a, sources) for a in order])
+        axis.set(title=f"{name}, group {worst}", xlabel="training − test accuracy, points")
+    return _save(figure, out / "memorization_gap.png")
+
+
+def _group_gap(rows: list[Row], group: int) -> float:
+    return mean(100 * ((r["train_group_acc"][group] or 0) - (r["group_acc"][group] or 0)) for r in rows)
+
+
+def _diversity(out: Path, rows: list[Row]) -> Path | None:
+    """Entropy and mutual information over the epochs, first seed of each arm."""
+    rows = [row for row in rows if row["seed"] == min(r["seed"] for r in rows)]
+    if not rows:
+        return None
+    data = _by_data(rows)
+    figure, axes = _panels(2 * len(data), width=4.0)
+    for i, (name, these) in enumerate(data.items()):
+        for axis, key, label in (
+            (axes[2 * i], "entropy", "mean entropy, nats"),
+            (axes[2 * i + 1], "mutual_information", "mean mutual information, nats"),
+        ):
+            for a in dict.fromkeys(arm(row) for row in these):
+                points = sorted((r["epoch"], r[key]) for r in these if arm(r) == a and r.get(key) is not None)
+                axis.plot(*zip(*points, strict=True), label=f"{a[0]} {a[1]}") if points else None
+            axis.set(title=name, xlabel="epoch", ylabel=label)
+            axis.legend(fontsize=6)
+    return _save(figure, out / "diversity.png")
+
+
+def _units(out: Path, rows: list[Row]) -> Path | None:
+    """The unit map: mean impact of each unit on typical against atypical held-out examples."""
+    if not rows:
+        return None
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        key = f"{row['data']}: {row['method']} {row['tier']}"
+        if not panels.get(key) or panels[key][0]["seed"] == row["seed"]:
+            panels.setdefault(key, []).append(row)
+    figure, axes = _panels(len(panels), width=4.2)
+    for axis, (name, these) in zip(axes, panels.items(), strict=True):
+        for gated, color, label in ((False, "C0", "kept"), (True, "C3", "gated")):
+            points = [(r["typical"], r["atypical"]) for r in these if bool(r.get("gated")) is gated]
+            if points:
+                axis.scatter(*zip(*points, strict=True), s=6, c=color, alpha=0.6, label=label)
+        axis.axhline(0, color="0.7", lw=0.6)
+        axis.axvline(0, color="0.7", lw=0.6)
+        axis.set(
+            title=name, xlabel="impact on typical examples (logits)", ylabel="impact on atypical examples (logits)"
+        )
+        axis.legend(fontsize=6)
+    return _save(figure, out / "unit_map.png")
+
+
+def _rounds(out: Path, rows: list[Row]) -> Path | None:
+    """Worst-group test accuracy and the selection score against the share of units that is gated."""
+    if not rows:
+        return None
+    panels: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        panels[f"{row['data']}: {row['method']} {row['tier']}"].append(row)
+    figure, axes = _panels(len(panels), width=4.2)
+    for axis, (name, these) in zip(axes, panels.items(), strict=True):
+        for n, seed in enumerate(sorted({r["seed"] for r in these})):
+            points = sorted((r["share"], 100 * r["worst_group_acc"]) for r in these if r["seed"] == seed)
+            axis.plot(
+                *zip(*points, strict=True), "o-", markersize=3, color="C1", alpha=0.7, label=None if n else "test"
+            )
+        axis.set(title=name, xlabel="share of units gated", ylabel="worst-group accuracy, %")
+        axis.legend(fontsize=6)
+    return _save(figure, out / "worst_against_k.png")
