@@ -1,0 +1,31 @@
+"""Spread independent pieces of work over torch's number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def for_each(task: Callable[[T], None], items: Iterable[T]) -> None:
+    """Run ``task`` on every item, on as many threads as ``torch.get_num_threads()`` says.
+
+    Each piece runs single-threaded: counting cannot be split inside an operation, and a pool on top of torch's own
+    would only make threads wait for each other.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        for item in items:
+            task(item)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(task, items):
+                pass
+    finally:
+        torch.set_num_threads(threads)

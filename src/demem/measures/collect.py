@@ -1,0 +1,72 @@
+"""Collect the activations of several sites in one pass, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from demem.batch import Batch, apply_model, unpack_batch
+from demem.measures.reservoir import reservoir_compact, reservoir_keys
+from demem.sites import ActivationReader, Reduce, default_sites, find_sites
+
+
+def collect_activations(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: str | Sequence[str] | None = None,
+    reduce: Reduce = "auto",
+    max_samples: int | None = 10_000,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Run the model in evaluation mode and keep a random sample of the rows of every site.
+
+    Args:
+        model: its modes are put back afterwards.
+        batches: inputs alone (labels are not needed), or anything that :func:`demem.batch.unpack_batch` reads.
+        layers: site patterns, see :mod:`demem.sites`; ``None``: :func:`demem.sites.default_sites`.  ``"fc:input"`` or
+            the name of a linear layer reads before the nonlinearity, the name of the activation module after it.
+        reduce: over space or tokens, see :func:`demem.sites.reduce_activation`.
+        max_samples: most rows kept of a site (the paper: 10,000); ``None`` keeps all.
+        seed: of the sample; the same positions are kept for the same data order.
+
+    Returns:
+        ``{site: (S, N)}`` on the CPU.
+
+    Raises:
+        ValueError: a pattern matches nothing, or the loader is empty.
+    """
+    sites = default_sites(model) if layers is None else find_sites(model, layers)
+    modes = [(module, module.training) for module in model.modules()]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    seen = {site.name: 0 for site in sites}
+    model.eval()
+    try:
+        with torch.no_grad(), ActivationReader(sites, reduce) as reader:
+            for raw in batches:
+                apply_model(model, _inputs(raw, model, device))
+                for name, rows in reader.pop().items():
+                    keys = reservoir_keys(torch.arange(seen[name], seen[name] + len(rows)), seed)
+                    seen[name] += len(rows)
+                    rows = rows.cpu()
+                    if name in kept:
+                        keys, rows = torch.cat([kept[name][0], keys]), torch.cat([kept[name][1], rows])
+                    kept[name] = (keys, rows) if max_samples is None else reservoir_compact(keys, rows, max_samples)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not kept:
+        raise ValueError("There were no batches to read activations from.")
+    return {name: rows for name, (_, rows) in kept.items()}
+
+
+def _inputs(raw: Any, model: nn.Module, device: torch.device) -> Any:
+    x = raw if isinstance(raw, Tensor) else raw[0] if isinstance(raw, list | tuple) and len(raw) == 1 else None
+    if x is None:
+        x = raw.x if isinstance(raw, Batch) else unpack_batch(raw, model).x
+    if isinstance(x, dict):
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in x.items()}
+    return x.to(device) if isinstance(x, Tensor) else x

@@ -1,0 +1,274 @@
+"""Both measures of one network, their summaries, and which kind of memorization a change of them speaks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from demem.measures.binning import Activations, Binning, as_sites
+from demem.measures.entropy import Correction, entropy
+from demem.measures.ksg import ksg_mutual_information
+from demem.measures.mutual_information import MICorrection, mutual_information
+
+Estimator = Literal["ksg", "binned"]
+Lean = Literal["heuristic", "example-level", "unclear"]
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Diversity of a network's activations on one set of examples.
+
+    Attributes:
+        entropy: ``{site: (N_site,)}`` nats.
+        mutual_information: ``(M, M)`` nats, of the units in ``mi_units``, site after site.
+        mi_units: ``{site: (M_site,)}`` which units of each site the matrix holds.
+        num_samples: rows S behind the smallest estimate.
+    """
+
+    entropy: dict[str, Tensor]
+    mutual_information: Tensor
+    mi_units: dict[str, Tensor]
+    num_samples: int
+
+    @property
+    def mean_entropy(self) -> float:
+        """Mean over all units of all sites."""
+        return float(torch.cat(list(self.entropy.values())).mean())
+
+    @property
+    def mean_mi(self) -> float:
+        """Mean over the whole matrix, diagonal included (the paper's)."""
+        return float(mean_mi(self.mutual_information))
+
+    def site_mi(self) -> dict[str, Tensor]:
+        """The blocks of single sites, ``{site: (M_site, M_site)}``."""
+        blocks, start = {}, 0
+        for site, units in self.mi_units.items():
+            blocks[site] = self.mutual_information[start : start + len(units), start : start + len(units)]
+            start += len(units)
+        return blocks
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean, and median with the 95% interval that a notched box plot draws (McGill et al. 1978)."""
+
+    mean: float
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the change from a reference to another network speaks for.
+
+    Attributes:
+        lean: ``"heuristic"`` (entropy down, mutual information up), ``"example-level"`` (the reverse), else
+            ``"unclear"``.
+        confidence: share of bootstrap resamples in which both measures moved that way.
+        entropy_change, mi_change: (estimate, lower, upper end of the 95% bootstrap interval), nats.
+    """
+
+    lean: Lean
+    confidence: float
+    entropy_change: tuple[float, float, float]
+    mi_change: tuple[float, float, float]
+
+
+def measure_diversity(
+    activations: Activations,
+    bins: int = 100,
+    binning: Binning = "global",
+    correction: Correction = "none",
+    estimator: Estimator = "ksg",
+    k: int = 3,
+    mi_bins: int | None = None,
+    mi_binning: Binning | None = None,
+    mi_correction: MICorrection = "none",
+    max_units: int | None = None,
+    max_mi_samples: int | None = None,
+    seed: int = 0,
+) -> Diversity:
+    """Entropy of every unit and mutual information of all pairs, or of a random subset of units where N is large.
+
+    Args:
+        activations: ``(S, N)`` or ``{site: (S, N)}``.
+        bins, binning, correction: see :func:`demem.measures.entropy`.
+        estimator: ``"ksg"`` (the paper's) or ``"binned"``.
+        k: neighbour of the KSG estimate.
+        mi_bins, mi_binning, mi_correction: see :func:`demem.measures.mutual_information`; bins and binning default to
+            those of the entropy.
+        max_units: most units in the mutual-information matrix, drawn with ``seed``, shared evenly between the sites.
+        max_mi_samples: most samples for the mutual information, drawn with ``seed``.
+        seed: of both draws.
+    """
+    sites = as_sites(activations)
+    values = entropy(sites, bins, binning, correction=correction)
+    units = choose_units({name: x.shape[1] for name, x in sites.items()}, max_units, seed)
+    size = min(len(x) for x in sites.values())
+    rows = torch.arange(size)
+    if max_mi_samples is not None and max_mi_samples < size:
+        rows = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:max_mi_samples].sort().values
+    # `.to`: an index may live on the CPU for any tensor only if it is short.
+    chosen = {n: x[:, units[n].to(x.device)] for n, x in sites.items()}
+    if len(rows) < size:
+        chosen = {name: x[rows.to(x.device)] for name, x in chosen.items()}
+    if estimator == "ksg":
+        matrix = ksg_mutual_information(chosen, k)
+    elif estimator == "binned":
+        matrix = mutual_information(chosen, mi_bins or bins, mi_binning or binning, correction=mi_correction, seed=seed)
+    else:
+        raise ValueError(f"Unknown estimator {estimator!r}; use 'ksg' or 'binned'.")
+    return Diversity(values, matrix, units, len(rows))
+
+
+def choose_units(num_units: Mapping[str, int], max_units: int | None, seed: int = 0) -> dict[str, Tensor]:
+    """Draw at most ``max_units`` units, evenly from all sites; a small site's unused share goes to the others.
+
+    Returns:
+        ``{site: (M_site,)}`` sorted int64; at least two units of a site that has two.
+    """
+    if max_units is None or sum(num_units.values()) <= max_units:
+        return {name: torch.arange(n) for name, n in num_units.items()}
+    if max_units < 2:
+        raise ValueError(f"max_units must be at least 2, got {max_units}.")
+    share, left = {}, max_units
+    by_size = sorted(num_units, key=lambda name: num_units[name])
+    for position, name in enumerate(by_size):
+        share[name] = min(num_units[name], max(2, left // (len(by_size) - position)))
+        left -= share[name]
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randperm(size, generator=generator)[: share[n]].sort().values for n, size in num_units.items()}
+
+
+def mean_mi(matrix: Tensor, diagonal: bool = True) -> Tensor:
+    """Mean of a mutual-information matrix ``(N, N)``, with its diagonal (the paper's) or without (NaN for N = 1)."""
+    if diagonal:
+        return matrix.mean()
+    n = len(matrix)
+    return (matrix.sum() - matrix.diagonal().sum()) / (n * (n - 1)) if n > 1 else matrix.new_tensor(float("nan"))
+
+
+def summarize(values: Tensor) -> Summary:
+    """Mean, median and the median's 95% interval, ± 1.57 × interquartile range / √n, of any number of values."""
+    x = values.detach().flatten().double().cpu()
+    if len(x) == 0:
+        raise ValueError("There is nothing to summarize.")
+    low, median, high = torch.quantile(x, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    notch = 1.57 * (high - low) / len(x) ** 0.5
+    return Summary(float(x.mean()), median, median - notch, median + notch, len(x))
+
+
+def mixture_density(
+    values: Tensor, grid: Tensor | None = None, components: int = 3, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Density of mutual information as a mixture of Gaussians, as the paper draws it.
+
+    Args:
+        values: a matrix ``(N, N)`` (each pair once, without the diagonal) or a vector.
+        grid: where to evaluate; 200 points over the values' range by default.
+        components: of the mixture.
+
+    Returns:
+        ``grid`` and the density on it, both ``(G,)`` float64.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    values = values.detach().double().cpu()
+    if values.ndim == 2:
+        values = values[torch.ones_like(values, dtype=torch.bool).triu(1)]
+    if len(values) < components:
+        raise ValueError(f"{components} components need as many values, got {len(values)}.")
+    if grid is None:
+        grid = torch.linspace(float(values.min()), float(values.max()), 200, dtype=torch.float64)
+    mixture = GaussianMixture(components, random_state=seed, reg_covar=1e-6).fit(values[:, None].numpy())
+    return grid, torch.from_numpy(mixture.score_samples(grid[:, None].cpu().numpy())).exp()
+
+
+def compare(
+    reference: Diversity | Sequence[Diversity],
+    other: Diversity | Sequence[Diversity],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Verdict:
+    """Which kind of memorization the change from ``reference`` to ``other`` speaks for, and how sure that is.
+
+    Heuristic memorization lowers entropy and raises mutual information, example-level memorization does the reverse
+    (Bansal et al. 2022).  Runs, and units inside each run, are resampled with replacement; with one run on each side
+    the confidence speaks of these two networks only, not of what another seed would give.  Give several seeds a side
+    to cover that too.  Compare only networks measured alike: same examples, sites and settings.
+
+    Args:
+        reference, other: one network or several runs of it (e.g. seeds).
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    before = [reference] if isinstance(reference, Diversity) else list(reference)
+    after = [other] if isinstance(other, Diversity) else list(other)
+    if not before or not after:
+        raise ValueError("Give at least one Diversity on each side.")
+    generator = torch.Generator().manual_seed(seed)
+    h0, mi0 = _bootstrap(before, resamples, generator)
+    h1, mi1 = _bootstrap(after, resamples, generator)
+    h, mi = h1 - h0, mi1 - mi0
+    heuristic = float(((h < 0) & (mi > 0)).double().mean())
+    example = float(((h > 0) & (mi < 0)).double().mean())
+    lean: Lean = "heuristic" if heuristic > example else "example-level"
+    if max(heuristic, example) <= 0.5:
+        lean = "unclear"
+    h_now = _mean([d.mean_entropy for d in after]) - _mean([d.mean_entropy for d in before])
+    mi_now = _mean([float(mean_mi(d.mutual_information, False)) for d in after]) - _mean(
+        [float(mean_mi(d.mutual_information, False)) for d in before]
+    )
+    return Verdict(lean, max(heuristic, example), (h_now, *_interval(h)), (mi_now, *_interval(mi)))
+
+
+def compare_runs(
+    runs: Mapping[str, Diversity | Sequence[Diversity]],
+    reference: str | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Verdict]:
+    """:func:`compare` every run with one of them (the first by default), e.g. the checkpoints of a training run."""
+    if len(runs) < 2:
+        raise ValueError("Give at least two runs to compare.")
+    reference = next(iter(runs)) if reference is None else reference
+    if reference not in runs:
+        raise ValueError(f"There is no run {reference!r}; there are {list(runs)}.")
+    return {n: compare(runs[reference], run, resamples, seed) for n, run in runs.items() if n != reference}
+
+
+def _bootstrap(runs: list[Diversity], resamples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Resampled mean entropy and mean off-diagonal mutual information, each ``(resamples,)``."""
+    h, mi = [], []
+    for run in runs:
+        values = torch.cat([v.double().cpu() for v in run.entropy.values()])
+        h.append(_weights(len(values), resamples, generator) @ values / len(values))
+        matrix = run.mutual_information.double().cpu()
+        w = _weights(len(matrix), resamples, generator)
+        total = ((w @ matrix) * w).sum(1) - w.square() @ matrix.diagonal()
+        pairs = w.sum(1).square() - w.square().sum(1)
+        mi.append(total / pairs.clamp(min=1))
+    which = torch.randint(len(runs), (resamples, len(runs)), generator=generator)
+    return torch.stack(h, 1).gather(1, which).mean(1), torch.stack(mi, 1).gather(1, which).mean(1)
+
+
+def _weights(n: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """How often each of n units is in each resample, ``(resamples, n)``."""
+    drawn = torch.randint(n, (resamples, n), generator=generator)
+    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+
+
+def _interval(x: Tensor) -> tuple[float, float]:
+    low, high = torch.quantile(x, torch.tensor([0.025, 0.975], dtype=x.dtype)).tolist()
+    return low, high
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,240 @@
+"""The measures as torchmetrics: fed batch by batch, reduced over processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from demem.measures.binning import Activations, Binning, as_sites, side_by_side
+from demem.measures.entropy import Correction, entropy, entropy_from_counts, histogram
+from demem.measures.ksg import ksg_mutual_information
+from demem.measures.mutual_information import MICorrection, mutual_information
+from demem.measures.reservoir import reservoir_compact, reservoir_keys
+
+
+class _Reservoir(Metric):
+    """Keeps up to ``capacity`` rows, drawn evenly from all that came; exact as long as no more than that came."""
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = True
+
+    keys: list[Tensor]
+    rows: list[Tensor]
+    seen: Tensor
+
+    def __init__(self, capacity: int, seed: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if capacity < 2:
+            raise ValueError(f"capacity must be at least 2, got {capacity}.")
+        self.capacity = capacity
+        self.seed = seed
+        self.widths: dict[str, int] | None = None
+        self._single = False
+        self.add_state("keys", default=[], dist_reduce_fx="cat")
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.add_state("seen", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, activations: Activations, positions: Tensor | None = None) -> None:
+        """Take in a batch.
+
+        Args:
+            activations: ``(B, N)`` or ``{site: (B, N)}``, the same sites every time.
+            positions: ``(B,)`` integers that name the examples, e.g. positions in the data set.  With them the result
+                depends neither on the order nor on how processes share the data; without them rows are numbered
+                as they come.
+        """
+        sites = as_sites(activations)
+        widths = {name: x.shape[1] for name, x in sites.items()}
+        if self.widths is None:
+            self.widths, self._single = widths, isinstance(activations, Tensor)
+        elif self.widths != widths:
+            raise ValueError(f"The sites changed between batches: {self.widths} before, {widths} now.")
+        rows = side_by_side(sites)
+        if positions is None:
+            rank = torch.distributed.get_rank() if _is_distributed() else 0
+            positions = torch.arange(len(rows), device=rows.device) + self.seen.to(rows.device) + (rank << 40)
+        elif positions.shape != (len(rows),):
+            raise ValueError(f"positions must have the shape ({len(rows)},), got {tuple(positions.shape)}.")
+        self.seen += len(rows)
+        self.keys.append(reservoir_keys(positions.to(rows.device), self.seed))
+        self.rows.append(rows)
+        if sum(map(len, self.keys)) >= 2 * self.capacity:
+            keys, kept = reservoir_compact(torch.cat(self.keys), torch.cat(self.rows), self.capacity)
+            self.keys, self.rows = [keys], [kept]
+
+    def activations(self) -> Activations:
+        """The rows kept so far, in the form in which they came."""
+        if self.widths is None:
+            raise RuntimeError(f"{type(self).__name__} has no activations yet: call update() first.")
+        _, rows = reservoir_compact(dim_zero_cat(self.keys), dim_zero_cat(self.rows), self.capacity)
+        if self._single:
+            return rows
+        parts = torch.split(rows, list(self.widths.values()), 1)
+        return dict(zip(self.widths, parts, strict=True))
+
+
+class ActivationEntropy(_Reservoir):
+    """:func:`demem.measures.entropy` over batches: ``(N,)`` or ``{site: (N,)}`` nats.
+
+    Args:
+        bins, binning, value_range, correction: see there.
+        capacity: most rows kept (the paper: 10,000); memory is capacity × N values.  For data without a bound use
+            :class:`ActivationRange` and then :class:`HistogramEntropy`, which see every row.
+        seed: of the sample where more rows come.
+    """
+
+    def __init__(
+        self,
+        bins: int = 100,
+        binning: Binning = "global",
+        value_range: tuple[float, float] | None = None,
+        correction: Correction = "none",
+        capacity: int = 10_000,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(capacity, seed, **kwargs)
+        self.options: dict[str, Any] = dict(bins=bins, binning=binning, value_range=value_range, correction=correction)
+
+    def compute(self) -> Any:
+        """Entropy of every unit."""
+        return entropy(self.activations(), **self.options)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Notched boxes, one a site; returns matplotlib's figure and axes."""
+        from demem.measures.plots import plot_entropy
+
+        return plot_entropy(self.compute() if val is None else val, ax=ax)
+
+
+class MutualInformation(_Reservoir):
+    """:func:`demem.measures.mutual_information` over batches: ``(N, N)`` nats.
+
+    Args:
+        bins, binning, value_range, correction: see there.
+        capacity, seed: as for :class:`ActivationEntropy`.
+    """
+
+    def __init__(
+        self,
+        bins: int = 100,
+        binning: Binning = "global",
+        value_range: tuple[float, float] | None = None,
+        correction: MICorrection = "none",
+        capacity: int = 10_000,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(capacity, seed, **kwargs)
+        self.options: dict[str, Any] = dict(bins=bins, binning=binning, value_range=value_range, correction=correction)
+
+    def compute(self) -> Tensor:
+        """Mutual information of all pairs."""
+        return mutual_information(self.activations(), **self.options, seed=self.seed)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Density of the pairs' values; returns matplotlib's figure and axes."""
+        from demem.measures.plots import plot_mutual_information
+
+        return plot_mutual_information(self.compute() if val is None else val, ax=ax)
+
+
+class KSGMutualInformation(_Reservoir):
+    """:func:`demem.measures.ksg_mutual_information` over batches: ``(N, N)`` nats.
+
+    Args:
+        k, clip: see there.
+        capacity: most rows kept; the cost grows with it and with N².
+        seed: of the sample.
+    """
+
+    def __init__(self, k: int = 3, clip: bool = True, capacity: int = 2_500, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(capacity, seed, **kwargs)
+        self.k = k
+        self.clip = clip
+
+    def compute(self) -> Tensor:
+        """Mutual information of all pairs."""
+        return ksg_mutual_information(self.activations(), self.k, self.clip)
+
+    plot = MutualInformation.plot
+
+
+class ActivationRange(Metric):
+    """Smallest and largest activation of every unit: the first of two passes, see :class:`HistogramEntropy`.
+
+    Args:
+        num_units: N.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, num_units: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        full = torch.full((num_units,), float("inf"), dtype=torch.float64)
+        self.add_state("low", default=full, dist_reduce_fx="min")
+        self.add_state("high", default=-full, dist_reduce_fx="max")
+
+    def update(self, activations: Tensor) -> None:
+        """Take in a batch ``(B, N)``."""
+        (x,) = as_sites(activations).values()
+        self.low = torch.minimum(self.low, x.amin(0).double())
+        self.high = torch.maximum(self.high, x.amax(0).double())
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """``(low, high)``, each ``(N,)`` float64."""
+        return self.low, self.high
+
+
+class HistogramEntropy(Metric):
+    """Entropy from histograms with known ranges: every row counts, memory is N × bins, counts add up over processes.
+
+    Args:
+        low, high: ``(N,)`` ranges, e.g. ``share_ranges`` of what :class:`ActivationRange` returns; values outside go to
+            the end bins.
+        bins: number of bins B.
+        correction: see :func:`demem.measures.entropy`.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    counts: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self, low: Tensor, high: Tensor, bins: int = 100, correction: Correction = "none", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if low.ndim != 1 or low.shape != high.shape or not bool((low <= high).all()):
+            raise ValueError("low and high must be (N,) with low ≤ high for every unit.")
+        self.bins = bins
+        self.correction: Correction = correction
+        self.register_buffer("low", low.double())
+        self.register_buffer("high", high.double())
+        self.add_state("counts", default=torch.zeros(len(low), bins, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, activations: Tensor) -> None:
+        """Take in a batch ``(B, N)``."""
+        (x,) = as_sites(activations).values()
+        self.counts += histogram(x, self.low, self.high, self.bins)
+
+    def compute(self) -> Tensor:
+        """Entropy of every unit, ``(N,)``."""
+        return entropy_from_counts(self.counts, self.correction)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
