@@ -16,7 +16,7 @@ from demem.tracing.capture import Ranks, predict, read_features, select_rows
 from demem.tracing.critical import CriticalUnits, critical_units
 from demem.tracing.linear import linear_impact, linear_score
 from demem.tracing.magnitude import gradient_score, magnitude_score
-from demem.tracing.ranking import RankedExamples, average_precision, memorization_score, rank_examples
+from demem.tracing.ranking import RankedExamples, average_precision, contrast, memorization_score, rank_examples
 from demem.tracing.report import UnitReport, trace
 from demem.tracing.scores import (
     IMPACTS,
@@ -48,6 +48,7 @@ __all__ = [
     "average_precision",
     "choose_atypical",
     "class_mean",
+    "contrast",
     "critical_units",
     "example_losses",
     "gradient_score",

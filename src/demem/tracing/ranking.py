@@ -44,7 +44,12 @@ def memorization_score(impact: Tensor | Mapping[str, Tensor], memorising: Tensor
     if len(matrix) < 2 or not bool(mask.any()) or bool(mask.all()):
         raise ValueError("At least two examples, one memorising and one kept unit are needed.")
     kept, masked = matrix[:, ~mask].double().sum(1), matrix[:, mask].double().sum(1)
-    return (_standard(kept) - _standard(masked)).float()
+    return contrast(kept, masked)
+
+
+def contrast(kept: Tensor, masked: Tensor) -> Tensor:
+    """The score from the two sums ``(S,)`` themselves, each brought to mean 0 and standard deviation 1."""
+    return (_standard(kept.double()) - _standard(masked.double())).float()
 
 
 class RankedExamples(NamedTuple):

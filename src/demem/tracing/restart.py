@@ -224,6 +224,8 @@ class Restart:
                     if n in state:
                         state[n] = v  # type: ignore[index]
                 result = self._wide_call(node, widened, rows)  # type: ignore[arg-type]
+            if isinstance(result, Narrow) and result.value.dtype != self._kept[node].dtype:
+                result = result._replace(value=result.value.to(self._kept[node].dtype))
             state[node] = result
             for n in list(state):
                 if n is not node and last_use.get(n) is node:
@@ -298,7 +300,7 @@ class Restart:
             if type(module) in _ELEMENTWISE_MODULES:
                 return narrow._replace(value=_plain_module(module, narrow.value))
             if type(module) in _BATCH_NORMS and module.running_var is not None and narrow.axis == 1 - base.ndim:
-                return _batch_norm(module, narrow)  # type: ignore[arg-type]
+                return _batch_norm(module, narrow)
             if type(module) in _POOLS and base.ndim == 4 and narrow.axis == -3:
                 return narrow._replace(value=module(narrow.value))
             if type(module) is nn.Conv2d and base.ndim == 4 and narrow.axis == -3 and module.padding_mode == "zeros":
@@ -322,7 +324,7 @@ class Restart:
                 return _flatten(narrow, base)
             if node.target == "mean" and base.ndim == 4 and narrow.axis == -3 and not node.kwargs:
                 dims = node.args[1:] if len(node.args) != 2 else node.args[1]
-                if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:  # type: ignore
+                if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
                     return Narrow(narrow.value.mean((2, 3)), narrow.channels, -1)
         return None
 
@@ -463,7 +465,7 @@ def _spread_linear(kept: Tensor, change: Tensor, weight: Tensor, channels: Tenso
     out = kept.index_select(0, rows.example).contiguous()
     for start, end in _groups_of(rows):
         columns = weight[:, channels[start]]
-        out[start:end] += change[start:end] @ columns.t()
+        out[start:end] += change[start:end].to(out.dtype) @ columns.t().to(out.dtype)
     return out
 
 
@@ -474,7 +476,7 @@ def _spread_conv(kept: Tensor, change: Tensor, module: nn.Conv2d, channels: Tens
     height, width = kept.shape[2:]
     out = kept.permute(0, 2, 3, 1).reshape(len(kept), height * width, -1).index_select(0, rows.example)
     out = out.contiguous()
-    weight = module.weight.flatten(2)
+    taps, weight = taps.to(out.dtype), module.weight.flatten(2).to(out.dtype)
     for start, end in _groups_of(rows):
         block = out[start:end].flatten(0, 1)
         block.addmm_(taps[start:end].flatten(0, 1), weight[:, int(channels[start])].t())

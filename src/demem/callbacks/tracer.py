@@ -1,0 +1,327 @@
+"""Trace memorising units at the end of a fit and write a report; the model is left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from demem.batch import Batch, apply_model
+from demem.callbacks._passes import examples, gather_rows, held_out_loader, train_loader, undisturbed
+from demem.sites import ActivationReader, Site, check_finite, default_sites, find_head, find_sites
+from demem.tracing.atypical import choose_atypical
+from demem.tracing.capture import Ranks, select_rows
+from demem.tracing.linear import linear_impact, linear_score
+from demem.tracing.ranking import RankedExamples, contrast, rank_examples
+from demem.tracing.report import UnitReport, picture_grid, trace, write_examples
+from demem.tracing.scores import SCORES
+
+
+class MemorizationTracer(Callback):
+    """Score every unit by what pruning it does to held-out atypical examples; changes nothing in the model.
+
+    Held-out examples are those of the first validation loader.  The report is a folder with
+
+    * ``units.csv`` (or ``.parquet``): a row for each unit with its site, number and every score, best first;
+    * ``units.png``: the unit map, impact on typical against impact on atypical examples;
+    * ``memorised_examples.csv`` and ``.png``: the training examples that stand against what the memorising units of the
+      head's input say (:func:`demem.tracing.memorization_score`), with their position in the training set, and
+      pictures of the first ones.
+
+    Args:
+        layers: patterns of sites, see :mod:`demem.sites`; ``None`` watches blocks or stages and the head's input.
+        scores: names in ``demem.tracing.SCORES``; the first one orders the table.
+        atypical: who is atypical, among the held-out examples: the ``share`` of each class with the lowest ``"margin"``
+            or highest ``"loss"``, the misclassified (``"error"``), or minority groups (``"group"``: needs groups in the
+            batches).
+        share: of each class, for ``"margin"`` and ``"loss"``.
+        top_k: units reported as the top and marked in the figure.
+        every_n_epochs: also trace every so many epochs; ``None`` only at the end of the fit.
+        max_examples: traced at most, half of them atypical; ``None`` for all held-out examples.
+        memorised: how many training examples to list; 0 skips the pass over the training set.
+        head: qualified name of the classification head, should it not be found.
+        dirpath: where to write; ``memorization`` in the logger's folder (or ``default_root_dir``) if ``None``.
+        table: file format of the unit table.
+
+    Attributes:
+        report: the last :class:`~demem.tracing.UnitReport`.
+        memorised_examples: the last :class:`~demem.tracing.RankedExamples`.
+        history: one dict for each report: ``epoch``, ``score`` and the top units as ``[site, unit, score]``.
+
+    Raises:
+        ValueError: before training: an unknown score, layers that match nothing, no held-out data; when tracing: a
+            class without held-out examples, logits that are NaN, groups asked for but not there.
+    """
+
+    def __init__(
+        self,
+        layers: str | Sequence[str] | None = None,
+        scores: Sequence[str] = ("two_step", "taylor"),
+        atypical: Literal["margin", "loss", "error", "group"] = "margin",
+        share: float = 0.2,
+        top_k: int = 20,
+        every_n_epochs: int | None = None,
+        max_examples: int | None = 1024,
+        memorised: int = 32,
+        head: str | None = None,
+        dirpath: str | None = None,
+        table: Literal["csv", "parquet"] = "csv",
+    ) -> None:
+        super().__init__()
+        scores = [scores] if isinstance(scores, str) else list(scores)
+        unknown = sorted(set(scores) - set(SCORES))
+        if unknown or not scores:
+            raise ValueError(f"Unknown scores {unknown}; name some of {sorted(SCORES)}.")
+        if atypical not in ("margin", "loss", "error", "group"):
+            raise ValueError(f"atypical must be margin, loss, error or group, got {atypical!r}.")
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {share}.")
+        if top_k < 1 or memorised < 0 or (every_n_epochs is not None and every_n_epochs < 1):
+            raise ValueError("top_k and every_n_epochs must be at least 1, memorised at least 0.")
+        if max_examples is not None and max_examples < 2:
+            raise ValueError(f"max_examples must be at least 2, got {max_examples}.")
+        if table not in ("csv", "parquet"):
+            raise ValueError(f"table must be csv or parquet, got {table!r}.")
+        self.layers = layers
+        self.scores = scores
+        self.atypical: Literal["margin", "loss", "error", "group"] = atypical
+        self.share = share
+        self.top_k = top_k
+        self.every_n_epochs = every_n_epochs
+        self.max_examples = max_examples
+        self.memorised = memorised
+        self.head = head
+        self.dirpath = dirpath
+        self.table: Literal["csv", "parquet"] = table
+        self.report: UnitReport | None = None
+        self.memorised_examples: RankedExamples | None = None
+        self.history: list[dict[str, Any]] = []
+        self._traced_step = -1
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            layers=self.layers, scores=self.scores, atypical=self.atypical, share=self.share, dirpath=self.dirpath
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": list(self.history), "traced_step": self._traced_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = list(state_dict["history"])
+        self._traced_step = int(state_dict["traced_step"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sites(pl_module)  # errors now rather than after training
+        if trainer.limit_val_batches == 0 or not trainer.enable_validation:
+            held_out_loader(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        every = self.every_n_epochs
+        if every is not None and (trainer.current_epoch + 1) % every == 0:
+            self._trace(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._traced_step != trainer.global_step:
+            self._trace(trainer, pl_module, max(0, trainer.current_epoch - 1))  # it counts finished epochs by now
+
+    def _sites(self, pl_module: pl.LightningModule) -> list[Site]:
+        find_head(pl_module, self.head)
+        return default_sites(pl_module) if self.layers is None else find_sites(pl_module, self.layers)
+
+    def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        sites = self._sites(pl_module)
+        loader = held_out_loader(trainer)
+        with undisturbed(trainer, pl_module):
+            batches, mask = self._select(trainer, pl_module, loader)
+            self.report = trace(pl_module, sites, batches, mask, scores=self.scores, ranks=_ranks(trainer))
+            self.memorised_examples = None
+            if self.memorised:
+                self.memorised_examples = self._rank_training_set(trainer, pl_module, loader)
+        self._traced_step = trainer.global_step
+        size = sum(len(v) for v in self.report.columns[self.scores[0]].values())
+        top = self.report.top(self.scores[0], min(self.top_k, size))
+        values = self.report.columns[self.scores[0]]
+        rows = [[site, int(u), float(values[site][u])] for site, units in top.items() for u in units]
+        self.history.append({"epoch": epoch, "score": self.scores[0], "top": sorted(rows, key=lambda r: -r[2])})
+        if trainer.is_global_zero:
+            self._write(trainer, epoch)
+
+    def _select(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]
+    ) -> tuple[list[Batch], Tensor]:
+        """This process's share of the traced examples, and which of them are atypical."""
+        logits, labels, groups, positions = [], [], [], []
+        for index, batch in examples(trainer, pl_module, loader, "Choosing atypical examples"):
+            logits.append(apply_model(pl_module, batch.x).float())
+            labels.append(batch.y)
+            groups.append(batch.group)
+            positions.append(index)
+        if not logits:
+            raise ValueError("There are no held-out examples to trace.")
+        here = torch.cat(positions)
+        everywhere = gather_rows(trainer, here, here.to(labels[0].device))
+        all_logits = gather_rows(trainer, here, torch.cat(logits))
+        y = gather_rows(trainer, here, torch.cat(labels))
+        known = [g for g in groups if g is not None]
+        group = gather_rows(trainer, here, torch.cat(known)) if len(known) == len(groups) else None
+        counts = getattr(getattr(trainer, "datamodule", None), "train_group_counts", None)
+        atypical = choose_atypical(
+            self.atypical,
+            all_logits,
+            y,
+            group,
+            share=self.share,
+            group_counts=None if counts is None else torch.as_tensor(counts),
+        )
+        wanted = _spread(atypical, self.max_examples)
+        chosen = {int(p): bool(a) for p, a, w in zip(everywhere, atypical, wanted, strict=True) if w}
+        batches, flags = [], []
+        for index, batch in examples(trainer, pl_module, loader, "Reading the traced examples"):
+            keep = torch.tensor([int(i) in chosen for i in index])
+            if bool(keep.any()):
+                batches.append(select_rows(batch, keep))
+                flags += [chosen[int(i)] for i in index[keep]]
+        mask = torch.tensor(flags, dtype=torch.bool)
+        ready = torch.tensor([float(bool(mask.any()))], device=pl_module.device)
+        if float(_ranks(trainer).total(ready)) < trainer.world_size:
+            raise ValueError(
+                "A process has no atypical example to trace: use more held-out examples or a larger share."
+            )
+        return batches, mask
+
+    def _rank_training_set(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, held_out: DataLoader[Any]
+    ) -> RankedExamples | None:
+        """Units of the head's input that hurt the atypical held-out examples, against the others, on training data."""
+        name, head = find_head(pl_module, self.head)
+        site = find_sites(pl_module, f"{name}:input")[0]
+        position, z, logits, y, group = self._head_pass(trainer, pl_module, site, held_out)
+        if z is None:
+            rank_zero_warn(f"{name!r} reads more than one row for an example, so training examples are not ranked.")
+            return None
+        counts = getattr(getattr(trainer, "datamodule", None), "train_group_counts", None)
+        atypical = choose_atypical(
+            self.atypical,
+            logits,
+            y,
+            group,
+            share=self.share,
+            group_counts=None if counts is None else torch.as_tensor(counts),
+        )
+        weight = head.weight.detach().float()
+        memorising = linear_score(z, weight, y, atypical, logits=logits) > 0
+        if not bool(memorising.any()) or bool(memorising.all()):
+            return None
+        centre = z.mean(0)
+        positions, kept, masked, labels = [], [], [], []
+        with ActivationReader([site]) as reader:
+            for index, batch in examples(trainer, pl_module, train_loader(trainer), "Ranking training examples"):
+                out = apply_model(pl_module, batch.x).float()
+                impact = linear_impact(reader.pop()[site.name].float(), weight, batch.y, logits=out, centre=centre)
+                positions.append(index)
+                kept.append(impact[:, ~memorising].sum(1))
+                masked.append(impact[:, memorising].sum(1))
+                labels.append(batch.y)
+        here = torch.cat(positions)
+        sums = [gather_rows(trainer, here, torch.cat(v)) for v in (kept, masked)]
+        position = gather_rows(trainer, here, here.to(labels[0].device))
+        y = gather_rows(trainer, here, torch.cat(labels))
+        return rank_examples(contrast(*sums).cpu(), y.cpu(), self.memorised, position.cpu())
+
+    def _head_pass(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, site: Site, loader: DataLoader[Any]
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        rows: dict[str, list[Tensor]] = {"position": [], "z": [], "logits": [], "y": []}
+        groups = []
+        with ActivationReader([site]) as reader:
+            for index, batch in examples(trainer, pl_module, loader, "Reading the head's input"):
+                rows["logits"].append(apply_model(pl_module, batch.x).float())
+                rows["z"].append(check_finite(reader.pop()[site.name].float(), f"site {site.name!r}"))
+                rows["y"].append(batch.y)
+                rows["position"].append(index)
+                groups.append(batch.group)
+        whole = {name: torch.cat(parts) for name, parts in rows.items()}
+        here = whole["position"]
+        if len(whole["z"]) != len(here):
+            return here, None, whole["logits"], whole["y"], None
+        known = [g for g in groups if g is not None]
+        group = gather_rows(trainer, here, torch.cat(known)) if len(known) == len(groups) else None
+        z, logits, y = (gather_rows(trainer, here, whole[n]) for n in ("z", "logits", "y"))
+        return here, z, logits, y, group
+
+    def _write(self, trainer: pl.Trainer, epoch: int) -> None:
+        if self.report is None:
+            return
+        root = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "memorization"
+        folder = Path(root)
+        if self.every_n_epochs is not None:
+            folder = folder / f"epoch={epoch}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.table == "csv":
+                self.report.to_csv(folder / "units.csv")
+            else:
+                self.report.to_parquet(folder / "units.parquet")
+            mapped = next((s for s in self.scores if f"impact_typical/{s}" in self.report.columns), None)
+            self.report.figure(folder / "units.png", mapped, self.top_k)
+            ranked = self.memorised_examples
+            if ranked is not None:
+                write_examples(ranked, folder / "memorised_examples.csv")
+                self._picture(trainer, ranked, folder / "memorised_examples.png")
+        except OSError as error:
+            raise RuntimeError(f"The tracing report cannot be written to {folder}: {error}") from error
+        rank_zero_info(f"demem: tracing report in {folder}")
+
+    def _picture(self, trainer: pl.Trainer, ranked: RankedExamples, path: Path) -> None:
+        dataset = train_loader(trainer).dataset
+        images, titles = [], []
+        first = (v[:64].tolist() for v in (ranked.position, ranked.label, ranked.score))
+        for position, label, score in zip(*first, strict=True):
+            try:
+                item = dataset[position]
+            except (TypeError, IndexError, NotImplementedError):
+                return  # an iterable data set cannot be asked for one example
+            image = item[0] if isinstance(item, list | tuple) else item.get("x", item.get("image"))
+            if not isinstance(image, Tensor) or image.ndim not in (2, 3):
+                return
+            images.append(image if image.ndim == 3 else image[None])
+            titles.append(f"#{position} class {label}: {score:.1f}")
+        if images and all(i.shape == images[0].shape for i in images):
+            picture_grid(torch.stack(images), titles, path)
+
+
+def _ranks(trainer: pl.Trainer) -> Ranks:
+    if trainer.world_size == 1:
+        return Ranks()
+
+    def gather(rows: Tensor) -> Tensor:
+        order = torch.arange(len(rows)) * trainer.world_size + trainer.global_rank
+        gathered = gather_rows(trainer, order, rows.to(torch.uint8) if rows.dtype == torch.bool else rows)
+        return gathered.to(rows.dtype)
+
+    def total(value: Tensor) -> Tensor:
+        reduced = trainer.strategy.reduce(value.clone(), reduce_op="sum")
+        return torch.as_tensor(reduced)
+
+    return Ranks(gather, total)
+
+
+def _spread(atypical: Tensor, limit: int | None) -> Tensor:
+    """At most ``limit`` examples, evenly over the data set, half of them atypical as far as there are enough."""
+    wanted = torch.ones_like(atypical)
+    if limit is None or len(atypical) <= limit:
+        return wanted
+    for flag, quota in ((True, limit // 2), (False, limit - min(limit // 2, int(atypical.sum())))):
+        members = (atypical == flag).nonzero()[:, 0]
+        if len(members) > quota:
+            wanted[members] = False
+            wanted[members[torch.linspace(0, len(members) - 1, quota).round().long()]] = True
+    return wanted
