@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from demem.tracing.magnitude import gradient_score, magnitude_score
 from demem.tracing.taylor import Ablate, taylor_impact
 from demem.tracing.topk import top_units
 
+Direction = Literal["hurts", "helps"]
 ScoreFunction = Callable[..., dict[str, Tensor]]
 ImpactFunction = Callable[..., dict[str, Tensor]]
 
@@ -72,13 +73,23 @@ IMPACTS: dict[str, ImpactFunction] = {
 """Effect of each unit on each example: ``(model, sites, batches, **options)`` → ``{site: (S, N)}``."""
 
 
-def impact_score(impact: Mapping[str, Tensor], y: Tensor, atypical: Tensor, ranks: Ranks = ALONE) -> dict[str, Tensor]:
-    """Minus the mean impact on the atypical examples, averaged over their classes, ``{site: (N,)}``.
+def impact_score(
+    impact: Mapping[str, Tensor], y: Tensor, atypical: Tensor, ranks: Ranks = ALONE, direction: Direction = "hurts"
+) -> dict[str, Tensor]:
+    """Mean impact on the atypical examples, averaged over their classes, ``{site: (N,)}``; high = memorises.
 
-    High = the unit hurts the atypical examples, so that removing it should help them.
+    ``"hurts"`` (for held-out examples): minus the mean, so that high = removing the unit should help the atypical ones,
+    because it holds the shortcut that fails them.  ``"helps"`` (for training examples): the mean itself, so that high =
+    the atypical ones are fitted by this unit.
+
+    Raises:
+        ValueError: unknown direction, or nothing is atypical.
     """
+    if direction not in ("hurts", "helps"):
+        raise ValueError(f"direction must be 'hurts' or 'helps', got {direction!r}.")
+    sign = -1 if direction == "hurts" else 1
     labels, chosen = ranks.gather(y), ranks.gather(atypical.to(y.device))
-    return {name: -class_mean(ranks.gather(rows), labels, chosen) for name, rows in impact.items()}
+    return {name: sign * class_mean(ranks.gather(rows), labels, chosen) for name, rows in impact.items()}
 
 
 def _from_impact(name: str) -> ScoreFunction:
@@ -88,14 +99,16 @@ def _from_impact(name: str) -> ScoreFunction:
         batches: Iterable[Batch],
         *,
         atypical: Tensor | None = None,
+        direction: Direction = "hurts",
         ranks: Ranks = ALONE,
         **options: Any,
     ) -> dict[str, Tensor]:
         batches = batches if isinstance(batches, Sequence) else list(batches)
         y, chosen = labels_and_chosen(batches, atypical)
-        return impact_score(IMPACTS[name](model, sites, batches, ranks=ranks, **options), y, chosen, ranks)
+        impact = IMPACTS[name](model, sites, batches, ranks=ranks, **options)
+        return impact_score(impact, y, chosen, ranks, direction)
 
-    score.__doc__ = f"Minus the mean {name!r} impact on the atypical examples (all if ``None``), ``{{site: (N,)}}``."
+    score.__doc__ = f":func:`impact_score` of {name!r} on the atypical examples (all if ``None``), ``{{site: (N,)}}``."
     return score
 
 
@@ -108,6 +121,7 @@ def two_step_score(
     shortlist: int | float = 0.01,
     ablate: Ablate = "zero",
     effect: Effect = "loss",
+    direction: Direction = "hurts",
     ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Taylor scores for all units, replaced by exact ablation for the shortlist of the highest ones.
@@ -122,6 +136,7 @@ def two_step_score(
         shortlist: how many units (or what share of them) to confirm.
         ablate: see :func:`~demem.tracing.ablation.ablation_impact`, as is ``effect``.
         effect: what is measured for the shortlist.
+        direction: see :func:`impact_score`.
         ranks: of a distributed run.
 
     Returns:
@@ -140,16 +155,17 @@ def two_step_score(
         if bool(here.any()):
             kept.append(select_rows(batch, here))
     y, everything = labels_and_chosen(kept, None)
-    scores = impact_score(taylor_impact(model, sites, kept, ablate=ablate, ranks=ranks), y, everything, ranks)
+    estimate = taylor_impact(model, sites, kept, ablate=ablate, ranks=ranks)
+    scores = impact_score(estimate, y, everything, ranks, direction)
     units = top_units(scores, shortlist)
     exact = ablation_impact(model, sites, kept, units=units, ablate=ablate, effect=effect, ranks=ranks)
-    confirmed = impact_score(exact, y, everything, ranks)
+    confirmed = impact_score(exact, y, everything, ranks, direction)
     floor = torch.stack([v.min() for v in confirmed.values()]).min().double()
-    for name, estimate in scores.items():
-        below = torch.nextafter(floor.to(estimate), torch.full_like(estimate[0], -torch.inf))
-        scores[name] = torch.minimum(estimate, below)
+    for name, values in scores.items():
+        below = torch.nextafter(floor.to(values), torch.full_like(values[0], -torch.inf))
+        scores[name] = torch.minimum(values, below)
         if name in units:
-            scores[name][units[name]] = confirmed[name].to(estimate)
+            scores[name][units[name]] = confirmed[name].to(values)
     return scores
 
 
