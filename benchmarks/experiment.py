@@ -232,7 +232,7 @@ class Experiment:
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            limit_val_batches=1.0 if validate else 0,
+            limit_val_batches=None if validate else 0,
             callbacks=[*callbacks, *own],
         )
         pl.seed_everything(self.seed, verbose=False)

@@ -32,10 +32,10 @@ COLUMNS = (
 )
 
 LEGEND = """\
-Test accuracy in percent, mean ± standard deviation over n seeds. *− ERM*: mean difference in worst-group accuracy on the
-same seeds and held-out source, with its 95% interval; *p*: paired t-test. *train worst*: worst-group accuracy on the
-training set. *s*: seconds a row, training included. Tiers, by the group labels seen: T0 none, T1 validation groups for
-selection, T2 validation groups inside the method, T3 training groups.
+Test accuracy in percent, mean ± standard deviation over n seeds. *− ERM*: mean difference in worst-group accuracy on
+the same seeds and held-out source, with its 95% interval; *p*: paired t-test. *train worst*: worst-group accuracy on
+the training set. *s*: seconds a row, training included. Tiers, by the group labels seen: T0 none, T1 validation
+groups for selection, T2 validation groups inside the method, T3 training groups.
 """
 
 

@@ -1,6 +1,28 @@
 """The arms of the comparison. Each file says which paper it follows, and where it had to choose."""
 
-from benchmarks.baselines import erm, last_layer
+from benchmarks.baselines import (
+    afr,
+    erm,
+    example_tied_dropout,
+    jtt,
+    last_layer,
+    neuron_tune,
+    silent_majority,
+    training_groups,
+)
 from benchmarks.experiment import Method
 
-METHODS: list[Method] = [*erm.METHODS, *last_layer.METHODS]
+METHODS: list[Method] = [
+    method
+    for arm in (
+        erm,
+        last_layer,
+        neuron_tune,
+        example_tied_dropout,
+        silent_majority,
+        jtt,
+        afr,
+        training_groups,
+    )
+    for method in arm.METHODS
+]

@@ -1,9 +1,9 @@
 """Retrain the last layer of the ERM network on held-out data: CB-LLR (no groups) and DFR (held-out groups).
 
-CB-LLR: LaBonte et al. 2023, class-balanced last-layer retraining.  DFR: Kirichenko et al. 2023, the validation form: L1
-logistic regression on standardised features, strength tuned on one half of the held-out set and judged by worst-group
-accuracy on the other, then refitted on 20 random group-balanced subsets of the whole, whose weights are averaged.
-``dfr_l2`` replaces subsets and L1 by group weights and L2 (L-BFGS).
+CB-LLR: LaBonte et al. 2023, class-balanced last-layer retraining.  DFR: Kirichenko et al. 2023, the validation
+form: L1 logistic regression on standardised features, strength tuned on one half of the held-out set and judged by
+worst-group accuracy on the other, then refitted on 20 random group-balanced subsets of the whole, whose weights are
+averaged. ``dfr_l2`` replaces subsets and L1 by group weights and L2 (L-BFGS).
 """
 
 from __future__ import annotations
