@@ -21,7 +21,6 @@ from demem.measures import (
 )
 from demem.measures.plots import plot_diversity, plot_history, plot_mutual_information
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::demem.measures.TiesWarning")
 
 

@@ -86,7 +86,7 @@ def measure_diversity(
     bins: int = 100,
     binning: Binning = "global",
     correction: Correction = "none",
-    estimator: Estimator = "ksg",
+    estimator: Estimator | None = "ksg",
     k: int = 3,
     mi_bins: int | None = None,
     mi_binning: Binning | None = None,
@@ -100,7 +100,7 @@ def measure_diversity(
     Args:
         activations: ``(S, N)`` or ``{site: (S, N)}``.
         bins, binning, correction: see :func:`demem.measures.entropy`.
-        estimator: ``"ksg"`` (the paper's) or ``"binned"``.
+        estimator: ``"ksg"`` (the paper's), ``"binned"``, or ``None`` for entropy alone (the matrix is then empty).
         k: neighbour of the KSG estimate.
         mi_bins, mi_binning, mi_correction: see :func:`demem.measures.mutual_information`; bins and binning default to
             those of the entropy.
@@ -110,12 +110,13 @@ def measure_diversity(
     """
     sites = as_sites(activations)
     values = entropy(sites, bins, binning, correction=correction)
+    if estimator is None:
+        return Diversity(values, torch.empty(0, 0), {}, min(len(x) for x in sites.values()))
     units = choose_units({name: x.shape[1] for name, x in sites.items()}, max_units, seed)
     size = min(len(x) for x in sites.values())
     rows = torch.arange(size)
     if max_mi_samples is not None and max_mi_samples < size:
         rows = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:max_mi_samples].sort().values
-    # `.to`: an index may live on the CPU for any tensor only if it is short.
     chosen = {n: x[:, units[n].to(x.device)] for n, x in sites.items()}
     if len(rows) < size:
         chosen = {name: x[rows.to(x.device)] for name, x in chosen.items()}
