@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,8 +40,8 @@ class Gates:
             if not isinstance(site.module, allowed):
                 raise ValueError(
                     f"The {site.side} of {site.name!r} ({type(site.module).__name__}) cannot be gated, because gates "
-                    "there cannot be folded into weights. Name a convolution, linear, batch- or layer-norm layer, or the "
-                    "input of a convolution or linear layer."
+                    "there cannot be folded into weights. Name a convolution, linear, batch- or layer-norm layer, or "
+                    "the input of a convolution or linear layer."
                 )
             name = _BUFFER[site.side]
             if name not in site.module._buffers:
@@ -51,6 +52,7 @@ class Gates:
                     site.module.register_forward_hook(_gate_output)
                 else:
                     site.module.register_forward_pre_hook(_gate_input)
+        _forget_compiled()
 
     def __getitem__(self, site_name: str) -> Tensor:
         """The gate of a site, one number per unit (a copy)."""
@@ -129,6 +131,14 @@ def remove_gates(gates: Gates) -> None:
         site.module._non_persistent_buffers_set.discard(_BUFFER[site.side])
         _drop_hook(site.module._forward_hooks, _gate_output)
         _drop_hook(site.module._forward_pre_hooks, _gate_input)
+    _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Make ``torch.compile`` look again: it does not notice new hooks and would run code compiled for another model of
+    the same class, or for this one before."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _gate_output(module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,0 +1,351 @@
+"""Sites: which layers, reading, gating and baking, on the kinds of layer that usually break hooks."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from demem.sites import (
+    ActivationReader,
+    Gates,
+    bake_gates,
+    check_finite,
+    default_sites,
+    find_head,
+    find_sites,
+    remove_gates,
+)
+
+
+class Residual(nn.Module):
+    def __init__(self, inplace: bool = True) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=inplace)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(x))
+        y += x
+        return self.fc(self.relu(y).mean((2, 3)))
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.fc = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.layer(torch.relu(self.layer(x)))))
+
+
+class Tuple(nn.Module):
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.lin(x), x.sum()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.fc = Tuple.Inner(), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.fc(self.block(x)[0])
+
+
+def _warm(model, x):
+    """Batch-norm statistics other than 0 and 1."""
+    model.train()
+    with torch.no_grad():
+        model(x)
+    return model.eval()
+
+
+def _images(n=4, size=8):
+    return torch.randn(n, 3, size, size)
+
+
+MODELS = {
+    "residual": (Residual, _images, ["conv1", "bn1", "conv2", "fc:input"]),
+    "not in place": (lambda: Residual(False), _images, ["conv1", "bn2", "conv2:input"]),
+    "shared": (Shared, lambda: torch.randn(4, 6), ["layer"]),
+    "tuple": (Tuple, lambda: torch.randn(4, 6), ["block.lin"]),
+    "grouped": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 12, 3, groups=3), nn.Flatten(), nn.Linear(192, 2)),
+        _images,
+        ["0", "1", "1:input"],
+    ),
+    "depthwise": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.Flatten(), nn.Linear(216, 2)),
+        _images,
+        ["1", "1:input", "3:input"],
+    ),
+    "transposed": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(486, 2)
+        ),
+        _images,
+        ["0", "1", "1:input"],
+    ),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 2)),
+        lambda: torch.randn(4, 6),
+        ["0", "1", "2:input"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ones_change_nothing_bit_for_bit_and_removal_restores(name):
+    make, inputs, patterns = MODELS[name]
+    x = inputs()
+    model = _warm(make(), x)
+    keys = list(model.state_dict())
+    expected = model(x)
+    gates = Gates(find_sites(model, patterns))
+    assert torch.equal(model(x), expected)
+    assert list(model.state_dict()) == keys
+    for site in gates.sites:
+        gates[site.name] = torch.zeros(site.num_units)
+    assert not torch.equal(model(x), expected)
+    remove_gates(gates)
+    assert torch.equal(model(x), expected)
+    assert not [b for b, _ in model.named_buffers() if b.endswith("_gate")]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_baked_equals_gated(name):
+    make, inputs, patterns = MODELS[name]
+    x = inputs()
+    model = _warm(make(), x)
+    keys = list(model.state_dict())
+    gates = Gates(find_sites(model, patterns))
+    for site in gates.sites:
+        gates[site.name] = (torch.rand(site.num_units) > 0.4).float() * 0.5 + 0.25
+    baked = bake_gates(model)
+    torch.testing.assert_close(baked(x), model(x), rtol=1e-5, atol=1e-5)
+    assert list(baked.state_dict()) == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in baked.modules())
+    assert list(model.named_buffers()) != list(baked.named_buffers())  # the original keeps its gates
+
+
+def test_gates_survive_deepcopy_independently():
+    x = _images()
+    model = _warm(Residual(), x)
+    gates = Gates(find_sites(model, "conv1"))
+    twin = copy.deepcopy(model)
+    gates["conv1"] = torch.zeros(8)
+    expected = twin(x)
+    assert not torch.equal(model(x), expected)
+    twin.conv1.output_gate.zero_()
+    torch.testing.assert_close(twin(x), model(x))
+
+
+def test_gates_state_round_trip_and_errors():
+    model = Residual()
+    gates = Gates(find_sites(model, ["conv1", "fc:input"]))
+    gates["conv1"] = torch.arange(8.0)
+    state = gates.state_dict()
+    other = Gates(find_sites(Residual(), ["conv1", "fc:input"]))
+    other.load_state_dict(state)
+    assert torch.equal(other["conv1"], torch.arange(8.0))
+    with pytest.raises(ValueError, match="belong to the sites"):
+        other.load_state_dict({"conv1": torch.ones(8)})
+    with pytest.raises(ValueError, match="finite numbers"):
+        gates["conv1"] = torch.full((8,), float("nan"))
+    with pytest.raises(KeyError):
+        gates["nothing"]
+    with pytest.raises(ValueError, match="cannot be gated"):
+        Gates(find_sites(model, "bn1:input"))
+    with pytest.raises(ValueError, match="not known before a forward pass"):
+        Gates(find_sites(model, "relu"))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reader_sees_the_value_before_an_in_place_relu(memory_format, dtype):
+    x = _images().to(dtype).contiguous(memory_format=memory_format)
+    model = _warm(Residual().to(dtype).to(memory_format=memory_format), x)
+    expected = model.bn1(model.conv1(x)).mean((2, 3))
+    with ActivationReader(find_sites(model, "bn1")) as reader:
+        model(x)
+        assert torch.equal(reader.pop()["bn1"], expected)
+    with ActivationReader(find_sites(model, "bn1"), reduce=None) as reader:
+        model(x)
+        assert torch.equal(reader.pop()["bn1"], model.bn1(model.conv1(x)))
+
+
+def test_reader_before_and_after_gates():
+    x = _images()
+    model = _warm(Residual(), x)
+    sites = find_sites(model, ["conv1", "fc:input"])
+    gates = Gates(sites)
+    gates["conv1"] = torch.zeros(8)
+    with ActivationReader(sites) as gated, ActivationReader(sites, ungated=True) as ungated:
+        model(x)
+        assert bool((gated.pop()["conv1"] == 0).all())
+        assert torch.equal(ungated.pop()["conv1"], model.conv1.__class__.forward(model.conv1, x).mean((2, 3)))
+
+
+def test_shared_layer_is_read_at_every_call_and_a_missing_one_is_named():
+    model = Shared()
+    x = torch.randn(4, 6)
+    with ActivationReader(find_sites(model, "layer")) as reader:
+        model(x)
+        rows = reader.pop()["layer"]
+        assert rows.shape == (8, 6)
+        assert torch.equal(rows[:4], model.layer(x))
+    with ActivationReader(find_sites(nn.Sequential(nn.Linear(2, 2)), "0")) as reader, pytest.raises(RuntimeError):
+        reader.pop()
+
+
+def test_tuple_outputs_are_read_and_gated_by_their_first_tensor():
+    model, x = Tuple(), torch.randn(4, 6)
+    with ActivationReader(find_sites(model, "block")) as reader:
+        model(x)
+        assert torch.equal(reader.pop()["block"], model.block.lin(x))
+
+
+def test_compiled_model_is_read_and_gated():
+    x = _images()
+    model = _warm(Residual(), x)
+    expected = model.conv1(x).mean((2, 3))
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(x)  # compiled before the hooks come
+        sites = find_sites(compiled, "conv1")
+        assert [s.name for s in sites] == ["conv1"]
+        with ActivationReader(sites) as reader:
+            compiled(x)
+            assert torch.equal(reader.pop()["conv1"], expected)
+    other = _warm(Residual(), x)
+    gates = Gates(find_sites(other, "conv1"))
+    compiled = torch.compile(other, backend="eager")
+    with torch.no_grad():
+        before = compiled(x)
+        gates["conv1"] = torch.zeros(8)
+        assert not torch.equal(compiled(x), before)
+        torch.testing.assert_close(compiled(x), other(x))
+        remove_gates(gates)
+        assert torch.equal(compiled(x), before)
+
+
+@pytest.mark.parametrize("mode", ["reader", "gates"])
+def test_transformer_fast_path_does_not_hide_layers(mode):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 2)).eval()
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        expected = model(x)
+        sites = find_sites(model, "0.layers.*.linear1")
+        if mode == "reader":
+            with ActivationReader(sites) as reader:
+                out = model(x)
+                assert reader.pop()["0.layers.0.linear1"].shape == (3, 32)
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        else:
+            gates = Gates(sites)
+            for site in sites:
+                gates[site.name] = torch.zeros(32)
+            changed = model(x)
+            assert not torch.allclose(changed, expected)
+            torch.testing.assert_close(bake_gates(model)(x), changed, rtol=1e-4, atol=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_timm_cnn_and_vit():
+    cnn = timm.create_model("mobilenetv2_035", num_classes=2).eval()
+    x = _images(2, 32)
+    sites = find_sites(cnn, ["blocks.2.*.conv_dw", "blocks.3.0.conv_pwl", "classifier:input"])
+    gates = Gates(sites)
+    expected = cnn(x)
+    for site in sites:
+        gates[site.name] = (torch.rand(site.num_units) > 0.3).float()
+    gated = cnn(x)
+    assert not torch.allclose(gated, expected)
+    torch.testing.assert_close(bake_gates(cnn)(x), gated, rtol=1e-4, atol=1e-5)
+    assert find_head(cnn)[0] == "classifier"
+    assert [s.name for s in default_sites(cnn)][-1] == "classifier:input"
+
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=3, num_classes=2)
+    heads = find_sites(vit.eval(), "blocks.*.attn:heads")
+    assert [s.num_units for s in heads] == [3, 3]
+    gates = Gates(heads)
+    expected = vit(x)
+    gates["blocks.1.attn:heads"] = torch.tensor([1.0, 0.0, 1.0])
+    gated = vit(x)
+    assert not torch.allclose(gated, expected)
+    baked = bake_gates(vit)
+    torch.testing.assert_close(baked(x), gated, rtol=1e-4, atol=1e-5)
+    assert bool((baked.blocks[1].attn.proj.weight[:, 8:16] == 0).all())
+    with ActivationReader(default_sites(vit)) as reader:
+        vit(x)
+        assert set(reader.pop()) == {"blocks.0", "blocks.1", "head:input"}
+
+
+def test_patterns():
+    model = Residual()
+    assert [s.name for s in find_sites(model, ["fc", "conv*"])] == ["conv1", "conv2", "fc"]
+    with pytest.raises(ValueError, match="matches nothing") as error:
+        find_sites(model, "layer9")
+    assert "conv1 (Conv2d)" in str(error.value)
+    with pytest.raises(ValueError, match="Unknown suffix"):
+        find_sites(model, "conv1:weights")
+    with pytest.raises(ValueError, match="no attention heads"):
+        find_sites(model, "conv1:heads")
+    with pytest.raises(ValueError, match="No layer pattern"):
+        find_sites(model, [])
+    with pytest.raises(ValueError, match=r"is not an nn\.Linear"):
+        find_head(model, "conv1")
+    with pytest.raises(ValueError, match=r"No nn\.Linear"):
+        find_head(nn.Sequential(nn.Conv2d(1, 1, 1)))
+    with pytest.raises(ValueError, match="NaN"):
+        check_finite(torch.tensor([1.0, float("nan")]), "here")
+
+
+def _ddp_gates(rank: int, port: int) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        model = Residual()
+        gates = Gates(find_sites(model, "conv1"))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        if rank == 0:
+            gates["conv1"] = torch.tensor([0.0, 1, 0, 1, 1, 1, 1, 0])
+        for buffer in gates.buffers():
+            dist.broadcast(buffer, 0)
+        torch.manual_seed(rank)
+        wrapped(_images()).sum().backward()
+        gradient = model.conv1.weight.grad
+        # A gated unit gets no gradient, on either rank.
+        if not bool((gradient[[0, 2, 7]] == 0).all()) or bool((gradient[[1, 3]] == 0).all()):
+            raise RuntimeError("The gates differ between the ranks.")
+        with ActivationReader(find_sites(wrapped, "module.conv1")) as reader:
+            wrapped(_images())
+            if reader.pop()["module.conv1"].shape != (4, 8):
+                raise RuntimeError("The reader did not see the wrapped model.")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_gates():
+    torch.multiprocessing.spawn(_ddp_gates, (_free_port(),), nprocs=2)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
