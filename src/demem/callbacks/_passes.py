@@ -9,8 +9,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm.auto import tqdm
 
@@ -71,17 +72,24 @@ def examples(
     pl_module: pl.LightningModule,
     loader: DataLoader[Any],
     description: str | None = None,
+    limit: int | None = None,
 ) -> Iterator[tuple[Tensor, Batch]]:
     """Go once through the loader's data set, in its own order, without shuffling, padding or repeats.
 
     Every process of a distributed run gets its own share; :func:`gather_rows` puts what they made in order again.
     ``limit_train_batches`` and ``limit_val_batches`` hold.  An iterable data set is read as its loader yields it.
 
+    Args:
+        trainer, pl_module: of the run.
+        loader: of the training or the validation data.
+        description: of the progress bar; none is shown without it.
+        limit: at most so many examples, evenly spaced over the data set.
+
     Yields:
         positions ``(B,)`` int64 in the data set, and the :class:`~demem.batch.Batch` on the module's device.
     """
     rank, world = trainer.global_rank, trainer.world_size
-    positions, source = _in_order(trainer, loader, rank, world)
+    positions, source = _in_order(trainer, loader, rank, world, limit)
     grouper = find_grouper(trainer, loader)
     shown = bool(description) and trainer.progress_bar_callback is not None and trainer.is_global_zero
     seen = 0
@@ -91,6 +99,21 @@ def examples(
         here = torch.arange(seen, seen + size)
         yield (here * world + rank if positions is None else positions[here]), batch
         seen += size
+
+
+def network(pl_module: pl.LightningModule, head: nn.Module) -> nn.Module:
+    """What to call for logits: the module itself, or, where it has no ``forward`` of its own, the part that holds the
+    head.
+
+    Raises:
+        ValueError: no part of the module holds the head.
+    """
+    if is_overridden("forward", pl_module):
+        return pl_module
+    for child in pl_module.children():
+        if any(module is head for module in child.modules()) and child is not head:
+            return child
+    raise ValueError(f"{type(pl_module).__name__} has no forward(self, x) that returns logits; define one.")
 
 
 def gather_rows(trainer: pl.Trainer, indices: Tensor, rows: Tensor) -> Tensor:
@@ -125,18 +148,22 @@ def _on_cpu(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda metadata: function(metadata.cpu()).to(metadata.device)
 
 
-def _in_order(trainer: pl.Trainer, loader: DataLoader[Any], rank: int, world: int) -> tuple[Tensor | None, Any]:
+def _in_order(
+    trainer: pl.Trainer, loader: DataLoader[Any], rank: int, world: int, limit: int | None
+) -> tuple[Tensor | None, Any]:
     dataset = loader.dataset
-    limit = _batch_limit(trainer, loader)
+    batches = _batch_limit(trainer, loader)
     if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
-        return None, _first(loader, limit)
+        return None, _first(loader, batches)
     sampler = loader.sampler
     chosen = getattr(getattr(sampler, "sampler", sampler), "indices", None)  # a SubsetRandomSampler reads a part only
     size = len(dataset)  # type: ignore[arg-type]
     positions = torch.arange(size) if chosen is None else torch.as_tensor(chosen).sort().values
     per_batch = loader.batch_size or 64
-    if limit is not None:
-        positions = positions[: limit * per_batch * world]
+    if batches is not None:
+        positions = positions[: batches * per_batch * world]
+    if limit is not None and len(positions) > limit:
+        positions = positions[torch.linspace(0, len(positions) - 1, limit).round().long()]
     positions = positions[rank::world]
     return positions, DataLoader(
         Subset(dataset, positions.tolist()),

@@ -1,0 +1,330 @@
+"""Find the shortcut, train against it, then mask the units that memorise and refit what reads them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from demem.batch import apply_model
+from demem.callbacks._passes import examples, gather_rows, held_out_loader, network, train_loader, undisturbed
+from demem.callbacks._sampling import reweight
+from demem.linear import LinearHead, balanced_weights, fit_linear
+from demem.removal import MASKED_SHARES, Examples, best_round, remove_in_rounds
+from demem.removal.rounds import SMOOTHING
+from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
+from demem.tracing.shortcut import ShortcutProbe, find_shortcut
+
+_NOTHING = torch.empty(0, dtype=torch.long)
+
+
+class MemorizationRemover(Callback):
+    """Raise worst-group accuracy without group labels: ``Trainer(callbacks=[MemorizationRemover()])``.
+
+    1. *Before the first step* one pass over the training and the validation data reads pooled activations.  The
+       earliest layer that tells the class well is probed, cross-fitted (:mod:`demem.tracing.shortcut`): the examples
+       that the probe gets wrong go against the shortcut.  Class and probe together give every example an inferred
+       group.
+    2. *During training* examples are drawn so that the inferred groups of all classes count the same.
+    3. *After the last step, before its validation* the units that the head reads are scored by their impact on atypical
+       held-out examples, masked in rounds, and the head is refitted with the layers below at rest
+       (:func:`demem.removal.remove_in_rounds`).  The round with the best worst inferred group on held-out examples
+       stays.  Masking while the layers below still learn is undone by them; that is why it comes last.
+
+    From then on validation, testing, checkpoints and prediction see the gated model.  The refitted head has the weight
+    0 at masked units, so a checkpoint gives the same outputs without demem.
+
+    The held-out examples are those of the first validation loader.  Their labels take part in the refit (as in deep
+    feature reweighting), so accuracy on them is optimistic afterwards.
+
+    Args:
+        rebalance: do step 2.  Needs a shuffling ``DataLoader`` without a sampler of your own.
+        use_groups: the validation batches carry group labels that may be used: for the inferred groups of the training
+            set, the held-out weights and the choice of the round (tier T2 instead of T0).
+        probe_layers: patterns (:func:`demem.sites.find_sites`) of the layers to probe, shallow ones first; default what
+            the first block or layer reads, and the outputs of blocks, stages or layers.
+        shares: of the head's inputs that are masked, one a round, growing.
+        atypical_share: of the held-out examples of each class, those with the lowest margins are traced.
+        held_out_weight: weight of the held-out examples in the refit, against the training examples' 1 − that; 0 refits
+            on training examples alone.
+        l2: of the refit, see :func:`demem.linear.fit_linear`.
+        head: qualified name of the classification head (an ``nn.Linear``), should it not be found.
+        max_examples: of the training set at most so many are read, evenly spaced; the others keep an average weight.
+        seed: of the draw of training examples.
+
+    Attributes:
+        rounds: one dict for each round: ``share`` masked, ``worst`` inferred-group accuracy, ``chosen``.
+        probe: ``{"site", "error", "groups"}`` of the shortcut probe: its layer, its cross-fitted error, and how many
+            training examples each inferred group ``class · C + attribute`` has.
+
+    Raises:
+        ValueError: before training: no validation data, layers that match nothing, labels out of range, a class absent
+            from the validation data, groups asked for but not in the batch, activations that are not finite.
+
+    Source: own; the parts are related to Bansal et al. 2022 and You et al. 2025 (tracing and masking), and to
+    Kirichenko et al. 2023 (last-layer refit).
+    """
+
+    def __init__(
+        self,
+        rebalance: bool = True,
+        use_groups: bool = False,
+        probe_layers: str | Sequence[str] | None = None,
+        shares: Sequence[float] = MASKED_SHARES,
+        atypical_share: float = 0.2,
+        held_out_weight: float = 0.8,
+        l2: float = 1e-3,
+        head: str | None = None,
+        max_examples: int = 200_000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 < atypical_share <= 1 or not 0 <= held_out_weight <= 1 or l2 <= 0 or max_examples < 1:
+            raise ValueError(
+                "atypical_share must be in (0, 1], held_out_weight in [0, 1], l2 above 0 and max_examples at least 1; "
+                f"got {atypical_share}, {held_out_weight}, {l2} and {max_examples}."
+            )
+        if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
+            raise ValueError(f"shares must grow and lie in (0, 1), got {list(shares)}.")
+        self.rebalance = rebalance
+        self.use_groups = use_groups
+        self.probe_layers = probe_layers
+        self.shares = tuple(float(s) for s in shares)
+        self.atypical_share = atypical_share
+        self.held_out_weight = held_out_weight
+        self.l2 = l2
+        self.head = head
+        self.max_examples = max_examples
+        self.seed = seed
+        self.rounds: list[dict[str, float | bool]] = []
+        self.probe: dict[str, Any] = {}
+        self._gates: Gates | None = None
+        self._site: Site
+        self._loaded_gate: Tensor | None = None
+        # Inferred (or, held out and with use_groups, true) groups of the examples that were read, in data set order.
+        self._train_groups, self._held_out_groups, self._train_positions = _NOTHING, _NOTHING, _NOTHING
+        self._removed_at_step = -1
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(head=self.head, use_groups=self.use_groups, rebalance=self.rebalance)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rounds": list(self.rounds),
+            "probe": dict(self.probe),
+            "gate": None if self._gates is None else next(iter(self._gates.state_dict().values())),
+            "train_groups": self._train_groups,
+            "train_positions": self._train_positions,
+            "held_out_groups": self._held_out_groups,
+            "removed_at_step": self._removed_at_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rounds = list(state_dict["rounds"])
+        self.probe = dict(state_dict["probe"])
+        self._loaded_gate = state_dict["gate"]
+        self._train_groups = state_dict["train_groups"]
+        self._train_positions = state_dict["train_positions"]
+        self._held_out_groups = state_dict["held_out_groups"]
+        self._removed_at_step = int(state_dict["removed_at_step"])
+
+    def export(self, model: nn.Module) -> nn.Module:
+        """A copy of ``model`` (the LightningModule or the network in it) with the gates baked into plain weights."""
+        return bake_gates(model)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Buffers must exist before DistributedDataParallel wraps the module; a model that is only built in
+        # configure_model gets them in on_fit_start, where demem keeps the processes equal by broadcasting itself.
+        if stage == "fit" and any(isinstance(module, nn.Linear) for module in pl_module.modules()):
+            self._make_gates(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._make_gates(pl_module)
+        if self._gates is not None and self._loaded_gate is not None:
+            self._gates[self._site.name] = self._loaded_gate
+            self._loaded_gate = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loader = held_out_loader(trainer)
+        if len(self._train_groups) == 0 and not _is_dry_run(trainer):
+            self._infer_groups(trainer, pl_module, loader)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.rebalance or _is_dry_run(trainer):
+            return
+        known = balanced_weights(self._train_groups, SMOOTHING)
+        if not reweight(train_loader(trainer), self._train_positions, known, trainer, self.seed):
+            warnings.warn(
+                "MemorizationRemover does not rebalance: the training DataLoader has a sampler of its own or does not "
+                "shuffle. Use shuffle=True, or rebalance=False to silence this.",
+                stacklevel=2,
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if _is_last_step(trainer) and not _is_dry_run(trainer):
+            self._remove(trainer, pl_module)
+            chosen = next(r for r in self.rounds if r["chosen"])
+            pl_module.log("removal/masked_share", float(chosen["share"]), on_step=False, on_epoch=True)
+            pl_module.log("removal/worst_inferred_group_acc", float(chosen["worst"]), on_step=False, on_epoch=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Stopped early, by time or by a signal: nothing told that the last step was the last.
+        if self._removed_at_step != trainer.global_step and not _is_dry_run(trainer):
+            self._remove(trainer, pl_module)
+            warnings.warn(
+                "Training ended before its last planned step, so units were removed after the last validation. Run "
+                "trainer.validate(model) for accuracies of the gated model, and save a checkpoint of it with "
+                "trainer.save_checkpoint(path).",
+                stacklevel=2,
+            )
+
+    def _make_gates(self, pl_module: pl.LightningModule) -> None:
+        if self._gates is None or all(m is not self._site.module for m in pl_module.modules()):
+            name, head = find_head(pl_module, self.head)
+            if head.bias is None:
+                raise ValueError(f"The head {name!r} has no bias; MemorizationRemover refits weight and bias.")
+            self._site = Site(f"{name}:input", head, "input", head.in_features)
+            self._gates = Gates([self._site])
+
+    def _infer_groups(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]) -> None:
+        sites = self._probe_sites(pl_module)
+        classes = self._num_classes()
+        train, y, _, positions = self._read(trainer, pl_module, train_loader(trainer), sites, "finding the shortcut")
+        held_out, held_y, held_group, _ = self._read(trainer, pl_module, loader, sites, "finding the shortcut")
+        for labels, where in ((y, "training"), (held_y, "validation")):
+            if int(labels.max()) >= classes:
+                raise ValueError(
+                    f"Label {int(labels.max())} in the {where} data is out of range: the head has {classes}."
+                )
+        absent = sorted(set(range(classes)) - set(held_y.tolist()))
+        if absent:
+            raise ValueError(
+                f"Class {absent} is absent from the {len(held_y)} validation examples, so its units cannot be traced. "
+                "Use a validation set with every class (is limit_val_batches too small, or the set sorted by class?)."
+            )
+        probe = find_shortcut(train, y, classes)
+        if self.use_groups:
+            if held_group is None:
+                raise ValueError(
+                    "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set "
+                    "use_groups=False."
+                )
+            attribute = _attribute_from_groups(train[probe.site], y, held_out[probe.site], held_y, held_group)
+            train_groups, held_out_groups = attribute, held_group
+        else:
+            train_groups = probe.groups(y)
+            held_out_groups = probe.groups(held_y, probe.head(held_out[probe.site].float()).argmax(1))
+        self._train_groups = trainer.strategy.broadcast(train_groups.cpu())
+        self._held_out_groups = trainer.strategy.broadcast(held_out_groups.cpu())
+        self._train_positions = positions.cpu()
+        self._describe(probe)
+
+    def _describe(self, probe: ShortcutProbe) -> None:
+        counts = torch.bincount(self._train_groups)
+        self.probe = {"site": probe.site, "error": probe.error, "groups": counts.tolist()}
+
+    def _probe_sites(self, pl_module: pl.LightningModule) -> list[Site]:
+        if self.probe_layers is not None:
+            return find_sites(pl_module, self.probe_layers)
+        head, _ = find_head(pl_module, self.head)
+        sites = [site for site in default_sites(pl_module) if site.name != f"{head}:input"]
+        if not sites:  # a linear model: the head's input is all there is
+            return [self._site]
+        return [Site(f"{sites[0].name}:input", sites[0].module, "input"), *sites]
+
+    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        gates, site = self._gates, self._site
+        if gates is None:
+            raise RuntimeError("MemorizationRemover was not set up; use it as a callback of a Trainer.")
+        sets = []
+        for loader, group in (
+            (train_loader(trainer), self._train_groups),
+            (held_out_loader(trainer), self._held_out_groups),
+        ):
+            features, y, _, _ = self._read(trainer, pl_module, loader, [site], "tracing")
+            sets.append(Examples(features[site.name].float(), y, group.to(y.device)))
+        rounds = remove_in_rounds(
+            *sets,
+            num_classes=self._num_classes(),
+            shares=self.shares,
+            atypical_share=self.atypical_share,
+            held_out_weight=self.held_out_weight,
+            l2=self.l2,
+        )
+        chosen = trainer.strategy.broadcast(best_round(rounds))
+        gates[site.name] = trainer.strategy.broadcast(rounds[chosen].gate)
+        _write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
+        self.rounds = [{"share": r.share, "worst": r.worst, "chosen": i == chosen} for i, r in enumerate(rounds)]
+        self._removed_at_step = trainer.global_step
+
+    def _num_classes(self) -> int:
+        return max(2, int(self._site.module.out_features))  # type: ignore[arg-type]
+
+    def _read(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        loader: DataLoader[Any],
+        sites: Sequence[Site],
+        description: str,
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Tensor]:
+        """Pooled, ungated activations ``{site: (S, N)}``, labels, groups and positions of all processes' examples, in
+        the order of the data set."""
+        model = network(pl_module, self._site.module)
+        limit = self.max_examples if loader is trainer.train_dataloader else None
+        rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+        index, labels, groups = [], [], []
+        with undisturbed(trainer, pl_module), ActivationReader(sites, "mean", ungated=True) as reader:
+            for positions, batch in examples(trainer, pl_module, loader, description, limit):
+                apply_model(model, batch.x)
+                for name, values in reader.pop().items():
+                    rows[name].append(check_finite(values.float(), f"layer {name!r}"))
+                index.append(positions)
+                labels.append(batch.y)
+                if batch.group is not None:
+                    groups.append(batch.group)
+        where = torch.cat(index)
+        features = {name: gather_rows(trainer, where, torch.cat(values)) for name, values in rows.items()}
+        group = gather_rows(trainer, where, torch.cat(groups)) if len(groups) == len(labels) else None
+        return features, gather_rows(trainer, where, torch.cat(labels)), group, gather_rows(trainer, where, where)
+
+
+def _attribute_from_groups(features: Tensor, y: Tensor, held_out: Tensor, held_y: Tensor, group: Tensor) -> Tensor:
+    """Groups of the training examples, by a probe that was fitted on the held-out ones' true groups; an example can
+    only be of a group that its class has."""
+    probe = fit_linear(held_out, group, balanced_weights(group), 1e-2)
+    logits = probe(features)
+    possible = torch.zeros(int(max(y.max(), held_y.max())) + 1, logits.shape[1], dtype=torch.bool, device=y.device)
+    possible[held_y, group] = True
+    return logits.masked_fill(~possible[y], -torch.inf).argmax(1)
+
+
+def _write_head(head: nn.Module, fitted: LinearHead) -> None:
+    weight, bias = fitted
+    if len(head.bias) == 1:  # type: ignore[arg-type]
+        weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
+    with torch.no_grad():
+        head.weight.copy_(weight.to(head.weight))  # type: ignore[operator, arg-type]
+        head.bias.copy_(bias.to(head.bias))  # type: ignore[operator, arg-type]
+
+
+def _is_dry_run(trainer: pl.Trainer) -> bool:
+    # A handful of batches cannot be traced: a class may be absent.
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _is_last_step(trainer: pl.Trainer) -> bool:
+    steps, epochs = trainer.max_steps, trainer.max_epochs
+    if steps is not None and steps != -1 and trainer.global_step >= steps:
+        return True
+    last_epoch = epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs
+    return bool(last_epoch and trainer.is_last_batch)

@@ -1,0 +1,155 @@
+"""Mask the memorising units that the head reads and refit the head, in rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from demem.linear import LinearHead, balanced_weights, crossfit_logits, fit_linear, folds
+from demem.tracing import atypical_by_margin, linear_score, margins
+
+MASKED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.86, 0.9)
+# Keeps a group of a handful of examples (label noise) from ruling a balanced fit.
+SMOOTHING = 0.02
+
+
+class Examples(NamedTuple):
+    """Ungated features ``(S, N)`` that the head reads, classes ``(S,)`` and (true or inferred) groups ``(S,)``."""
+
+    features: Tensor
+    y: Tensor
+    group: Tensor
+
+
+class Round(NamedTuple):
+    """One round of removal.
+
+    Attributes:
+        share: of the units that are masked.
+        gate: ``(N,)``, 0 for a masked unit and 1 for a kept one.
+        head: refitted on the kept units (weight 0 on the masked ones).
+        score: ``(N,)`` memorization score of every unit, measured before this round's mask; zeros in round 0.
+        worst: accuracy on the worst (true or inferred) group of the held-out examples, each judged by a head that was
+            fitted without it.
+    """
+
+    share: float
+    gate: Tensor
+    head: LinearHead
+    score: Tensor
+    worst: float
+
+
+def remove_in_rounds(
+    train: Examples,
+    held_out: Examples,
+    *,
+    num_classes: int,
+    shares: Sequence[float] = MASKED_SHARES,
+    atypical: Tensor | None = None,
+    atypical_share: float = 0.2,
+    held_out_weight: float = 0.8,
+    l2: float = 1e-3,
+) -> list[Round]:
+    r"""Trace, mask, refit; with more units masked every round.
+
+    Each round scores the units by their impact on the atypical held-out examples under a head that was fitted on the
+    *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
+    highest-scoring share, units masked before included, and refits.  The atypical examples are chosen once, before the
+    first mask.  The head that is kept is fitted on training and held-out examples together.  Every fit weighs classes'
+    groups the same.
+
+    Args:
+        train: examples that the network was trained on.
+        held_out: examples that it was not trained on.
+        num_classes: number of classes.
+        shares: of the units to mask, growing, each in (0, 1).
+        atypical: bool ``(held-out examples,)``; default the ``atypical_share`` with the lowest margin in each class.
+        atypical_share: see there.
+        held_out_weight: share of the held-out examples in the weight of the final fit; 0 fits it on the training
+            examples alone, 1 on the held-out ones alone.
+        l2: see :func:`demem.linear.fit_linear`.
+
+    Returns:
+        Round 0 (nothing masked), then one a share.
+
+    Raises:
+        ValueError: shares do not grow or are outside (0, 1); a class is absent from the held-out examples; features
+            are not finite.
+    """
+    if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
+        raise ValueError(f"Masked shares must grow and lie in (0, 1), got {list(shares)}.")
+    if not 0 <= held_out_weight <= 1:
+        raise ValueError(f"held_out_weight must be in [0, 1], got {held_out_weight}.")
+    missing = sorted(set(range(num_classes)) - set(held_out.y.tolist()))
+    if missing:
+        raise ValueError(
+            f"The held-out examples have none of class {missing}. Units cannot be traced for a class that is not "
+            "there: use a validation set with every class."
+        )
+    width = train.features.shape[1]
+    weights = balanced_weights(train.group, SMOOTHING)
+    gate, score = torch.ones(width, device=train.features.device), torch.zeros(width, device=train.features.device)
+    rounds: list[Round] = []
+    traced: LinearHead | None = None
+    for share in (0.0, *shares):
+        if traced is not None and atypical is not None:
+            logits = traced(held_out.features)
+            score = linear_score(held_out.features, traced.weight, held_out.y, atypical, logits=logits)
+            order = torch.where(gate == 0, torch.inf, score).sort(descending=True, stable=True).indices
+            gate = torch.ones_like(gate)
+            gate[order[: round(share * width)]] = 0
+        traced = fit_linear(train.features * gate, train.y, weights, l2, num_classes)
+        if atypical is None:
+            logits = traced(held_out.features)
+            atypical = atypical_by_margin(margins(logits, held_out.y), held_out.y, atypical_share, num_classes)
+        head, judged = _refit(train, held_out, gate, traced, held_out_weight, l2, num_classes)
+        rounds.append(Round(share, gate, head, score, worst_group(judged, held_out.y, held_out.group)))
+    return rounds
+
+
+def best_round(rounds: Sequence[Round]) -> int:
+    """Index of the round with the highest worst-group accuracy on held-out examples; of equals the first, which masks
+    least."""
+    return max(range(len(rounds)), key=lambda i: (rounds[i].worst, -i))
+
+
+def worst_group(logits: Tensor, y: Tensor, group: Tensor, smallest: int = 5) -> float:
+    """Accuracy on the worst group; groups of fewer than ``smallest`` examples are too few to judge and left out, unless
+    there are no others."""
+    right = (logits.argmax(1) == y).float()
+    groups = [right[group == g] for g in group.unique()]  # type: ignore[no-untyped-call]
+    judged = [g for g in groups if len(g) >= smallest] or groups
+    return min(float(g.mean()) for g in judged)
+
+
+def _refit(
+    train: Examples,
+    held_out: Examples,
+    gate: Tensor,
+    traced: LinearHead,
+    held_out_weight: float,
+    l2: float,
+    num_classes: int,
+) -> tuple[LinearHead, Tensor]:
+    """The final head of a round, and the logits of held-out examples from heads fitted without them."""
+    if held_out_weight == 0:
+        return traced, traced(held_out.features)
+    own = balanced_weights(held_out.group, SMOOTHING)
+    if held_out_weight == 1:
+        x = held_out.features * gate
+        head = fit_linear(x, held_out.y, own, l2, num_classes)
+        return head, crossfit_logits(x, held_out.y, own, l2, num_classes, k=3)
+    x = torch.cat([train.features, held_out.features]) * gate
+    y = torch.cat([train.y, held_out.y])
+    weights = balanced_weights(train.group, SMOOTHING)
+    weights = torch.cat([(1 - held_out_weight) * weights / weights.sum(), held_out_weight * own / own.sum()])
+    logits = torch.zeros(len(held_out.y), num_classes, device=x.device)
+    for left_out in folds(held_out.y, 3):
+        used = torch.cat([torch.ones_like(train.y, dtype=torch.bool), ~left_out])
+        head = fit_linear(x[used], y[used], weights[used], l2, num_classes)
+        logits[left_out] = head(held_out.features[left_out])
+    return fit_linear(x, y, weights, l2, num_classes), logits

@@ -1,0 +1,89 @@
+"""Find the shortcut without group labels: what a shallow layer can already tell about the class.
+
+A spurious attribute is easier than the class itself, so it can be read linearly from an early layer, before the network
+has learned the task.  A regularised linear probe of the class on such a layer follows the attribute, and the examples
+that it gets wrong when it is cross-fitted (fitted without them) are those that go against the attribute: the minority.
+Nothing was trained on the example that is judged, so memorization does not hide it, as it does on the network's own
+training examples, and no held-out data is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from demem.linear import LinearHead, balanced_weights, crossfit_logits, fit_linear
+
+PROBE_L2 = 1e-2
+
+
+class ShortcutProbe(NamedTuple):
+    """What the probe says.
+
+    Attributes:
+        site: name of the layer that was probed.
+        attribute: ``(S,)`` class that the probe names for each example without having seen it: the inferred attribute.
+        head: the probe fitted on all examples, to name the attribute of others.
+        error: mean over classes of the share of examples that the cross-fitted probe gets wrong.
+    """
+
+    site: str
+    attribute: Tensor
+    head: LinearHead
+    error: float
+
+    def groups(self, y: Tensor, attribute: Tensor | None = None) -> Tensor:
+        """Inferred group ``y · C + attribute`` of each example, with :math:`C` classes."""
+        attribute = self.attribute if attribute is None else attribute
+        return y * len(self.head.bias) + attribute
+
+
+def probe_shortcut(
+    features: Tensor, y: Tensor, num_classes: int, site: str = "", l2: float = PROBE_L2
+) -> ShortcutProbe:
+    """Fit a cross-fitted (5-fold), class-balanced linear probe of the class.
+
+    Args:
+        features: ``(S, N)`` pooled activations of one layer.
+        y: ``(S,)`` class indices.
+        num_classes: number of classes.
+        site: its name, for the report.
+        l2: see :func:`demem.linear.fit_linear`.
+
+    Raises:
+        ValueError: a class has fewer than two examples, or a feature is not finite.
+    """
+    weights = balanced_weights(y)
+    attribute = crossfit_logits(features, y, weights, l2, num_classes).argmax(1)
+    wrong = (attribute != y).float()
+    error = torch.stack([wrong[y == c].mean() for c in y.unique()])  # type: ignore[no-untyped-call].mean()
+    return ShortcutProbe(site, attribute, fit_linear(features, y, weights, l2, num_classes), float(error))
+
+
+def find_shortcut(
+    features: Mapping[str, Tensor], y: Tensor, num_classes: int, slack: float = 2.0, l2: float = PROBE_L2
+) -> ShortcutProbe:
+    """Probe several layers and keep the earliest one that tells the class nearly as well as the best of them.
+
+    Deeper layers know more of the class itself, so their probes make fewer mistakes on the minority; a layer that is
+    too early knows neither.  "Nearly as well" is an error of at most ``slack`` times the lowest (plus one example in a
+    hundred).
+
+    Args:
+        features: ``{site name: (S, N)}`` in the order of the network, the first layer first.
+        y: ``(S,)`` class indices.
+        num_classes: number of classes.
+        slack: at least 1.
+        l2: see :func:`demem.linear.fit_linear`.
+
+    Raises:
+        ValueError: no site is given, or as :func:`probe_shortcut`.
+    """
+    if not features or slack < 1:
+        raise ValueError("find_shortcut needs at least one layer and slack >= 1.")
+    probes = [probe_shortcut(values, y, num_classes, name, l2) for name, values in features.items()]
+    limit = slack * min(probe.error for probe in probes) + 0.01
+    return next(probe for probe in probes if probe.error <= limit)
