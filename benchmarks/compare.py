@@ -121,7 +121,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
                 progress.update(bar, description=f"computing frozen layers once: {file} {done}/{of}")
 
             settings.on_epoch, settings.on_caching = on_epoch, on_caching
-            experiment = Experiment(task, settings, seed, source, options.epochs)
+            experiment = Experiment(task, settings, seed, source, options.epochs, watched=seed == seeds[0])
             data = experiment.data()
             before = set(settings.runs)
             start = time.perf_counter()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from demem.batch import apply_model
+from demem.callbacks.diversity import ActivationDiversityMonitor
 from demem.data import ColoredMNIST, Dominoes, GroupedDataModule, SpuriousDigits
 from demem.metrics import (
     adjusted_average_accuracy_compute,
@@ -106,6 +107,20 @@ class Run:
     def logits(self) -> dict[str, Tensor]:
         return {split: self._read(split)[1] for split in SPLITS}
 
+    def extras(self) -> dict[str, list[dict[str, Any]]]:
+        """What the callbacks recorded for the figures: ``diversity``, a row an epoch."""
+        rows = [
+            {
+                "epoch": record["epoch"] + 1,
+                "entropy": record["diversity/entropy"],
+                "mutual_information": record.get("diversity/mi"),
+            }
+            for callback in self.callbacks
+            if isinstance(callback, ActivationDiversityMonitor)
+            for record in callback.history
+        ]
+        return {"diversity": rows} if rows else {}
+
     def _sets(self) -> dict[str, Any]:
         return {
             "train": self.data.train_eval_dataset,
@@ -185,10 +200,22 @@ class Experiment:
     the same for every arm.
     """
 
-    def __init__(self, task: Task, settings: Settings, seed: int, held_out: str = "val", epochs: int | None = None):
+    def __init__(
+        self,
+        task: Task,
+        settings: Settings,
+        seed: int,
+        held_out: str = "val",
+        epochs: int | None = None,
+        watched: bool = False,
+    ) -> None:
         self.task, self.settings, self.seed, self.held_out = task, settings, seed, held_out
         self.epochs = epochs or task.epochs
-        self.watch: Callable[[], list[pl.Callback]] = list
+        self.watched = watched
+
+    def watch(self) -> list[pl.Callback]:
+        """Callbacks that record diversity for the figures, in runs that are watched."""
+        return [ActivationDiversityMonitor()] if self.watched else []
 
     def data(self, **options: Any) -> GroupedDataModule:
         """A fresh data module."""
@@ -244,8 +271,8 @@ class Experiment:
         held_out = held_out or self.held_out
         key = (self.task.name, self.seed, held_out, self.epochs)
         if key not in self.settings.runs:
-            other = Experiment(self.task, self.settings, self.seed, held_out, self.epochs)
-            self.settings.runs[key] = other.fit(callbacks=self.watch())
+            other = Experiment(self.task, self.settings, self.seed, held_out, self.epochs, self.watched)
+            self.settings.runs[key] = other.fit(callbacks=other.watch())
         return self.settings.runs[key]
 
     def choose(self, arm: str, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:

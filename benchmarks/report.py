@@ -25,7 +25,7 @@ COLUMNS = (
     "− ERM",
     "p",
     "avg",
-    "adjusted avg",
+    "adj. avg",
     "train worst",
     "n",
     "s",
@@ -73,7 +73,7 @@ def _console_table(data: str, epochs: list[int], lines: list[list[str]]) -> Tabl
     sources = sorted({line[2] for line in lines})
     shown = [0, 1, *([2] if len(sources) > 1 else []), 3, 4, 5, 7]
     title = f"{data}, {'/'.join(map(str, epochs))} epochs, held out: {' and '.join(sources)} (test accuracy, %)"
-    table = Table(title=title, box=box.SIMPLE)
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for i in shown:
         table.add_column(COLUMNS[i], justify="left" if i < 3 else "right", no_wrap=True)
     for line in lines:

@@ -1,8 +1,9 @@
 """Waterbirds on two cores: MobileNetV2 whose first layers are frozen, their outputs kept on disk.
 
-conv_stem … blocks.4 of a pretrained MobileNetV2 (160 px crops) give 96×10×10 numbers an image; they are computed once,
-for the plain view of every image and three augmented views of each training image.  Training then covers blocks.5,
-blocks.6, conv_head and the classifier, with batch-norm statistics frozen: seconds an epoch instead of minutes.
+conv_stem … blocks.4 of a pretrained MobileNetV2 (160 px crops) give 96×10×10 numbers an image; they are computed
+once, for the plain view of every image and three augmented views of each training image.  Training then covers
+blocks.5, blocks.6, conv_head and the classifier, with batch-norm statistics frozen: seconds an epoch instead of
+minutes.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ from benchmarks.experiment import Experiment, Method, Outcome
 
 
 def erm(experiment: Experiment) -> Outcome:
-    return Outcome(experiment.erm().logits)
+    run = experiment.erm()
+    return Outcome(run.logits, extras=run.extras())
 
 
 def class_balanced(experiment: Experiment) -> Outcome:

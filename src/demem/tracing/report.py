@@ -97,9 +97,11 @@ class UnitReport:
                 x, y = on_typical[site], on_atypical[site]
             else:
                 x, y = torch.arange(len(values)), values.sort(descending=True).values
+            x, y = x.numpy(), y.numpy()
             axes.scatter(x, y, s=8, alpha=0.6, label=site if i < 12 else None, color=f"C{i % 10}")
             if site in chosen and on_atypical is not None:
-                axes.scatter(x[chosen[site]], y[chosen[site]], s=28, facecolors="none", edgecolors="black")
+                marked = chosen[site].numpy()
+                axes.scatter(x[marked], y[marked], s=28, facecolors="none", edgecolors="black")
         if on_atypical is not None:
             axes.axhline(0, color="grey", lw=0.5)
             axes.axvline(0, color="grey", lw=0.5)
@@ -209,7 +211,7 @@ def picture_grid(images: Tensor, titles: Sequence[str], path: str | Path, column
     FigureCanvasAgg(canvas)
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         axes = canvas.add_subplot(lines, columns, i + 1)
-        axes.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray")
+        axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
         axes.set_title(title, fontsize=6)
         axes.axis("off")
     path = Path(path)

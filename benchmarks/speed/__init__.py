@@ -1,0 +1,1 @@
+"""How fast the estimators and scores are, beside the references and the floor."""
