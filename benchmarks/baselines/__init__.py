@@ -2,6 +2,7 @@
 
 from benchmarks.baselines import (
     afr,
+    demem,
     erm,
     example_tied_dropout,
     jtt,
@@ -23,6 +24,7 @@ METHODS: list[Method] = [
         jtt,
         afr,
         training_groups,
+        demem,
     )
     for method in arm.METHODS
 ]
