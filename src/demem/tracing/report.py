@@ -97,11 +97,10 @@ class UnitReport:
                 x, y = on_typical[site], on_atypical[site]
             else:
                 x, y = torch.arange(len(values)), values.sort(descending=True).values
-            x, y = x.numpy(), y.numpy()
-            axes.scatter(x, y, s=8, alpha=0.6, label=site if i < 12 else None, color=f"C{i % 10}")
+            axes.scatter(x.numpy(), y.numpy(), s=8, alpha=0.6, label=site if i < 12 else None, color=f"C{i % 10}")
             if site in chosen and on_atypical is not None:
-                marked = chosen[site].numpy()
-                axes.scatter(x[marked], y[marked], s=28, facecolors="none", edgecolors="black")
+                marked = chosen[site]
+                axes.scatter(x[marked].numpy(), y[marked].numpy(), s=28, facecolors="none", edgecolors="black")
         if on_atypical is not None:
             axes.axhline(0, color="grey", lw=0.5)
             axes.axvline(0, color="grey", lw=0.5)
