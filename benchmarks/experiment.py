@@ -68,7 +68,7 @@ class Task:
 
 @dataclass
 class Features:
-    """What the head reads, with labels and groups, for ``train`` (plain view), ``val`` and ``test``."""
+    """What the head reads (before any gate), labels and groups: ``train`` (plain view), ``val``, ``test``."""
 
     z: dict[str, Tensor]
     y: dict[str, Tensor]
@@ -138,7 +138,10 @@ class Run:
         logits: list[Tensor] = []
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module = self.module.to(device).eval()
-        handle = find_head(module)[1].register_forward_pre_hook(lambda _, args: rows.append(args[0].detach().cpu()))
+        handle = find_head(module)[1].register_forward_pre_hook(
+            lambda _, args: rows.append(args[0].detach().cpu()),
+            prepend=True,  # before any gate
+        )
         try:
             with torch.no_grad():
                 for x, _, _ in loader:

@@ -328,19 +328,19 @@ def _units(out: Path, rows: list[Row]) -> Path | None:
 
 
 def _rounds(out: Path, rows: list[Row]) -> Path | None:
-    """Worst-group test accuracy and the selection score against the share of units that is gated."""
-    if not rows:
-        return None
-    panels: dict[str, list[Row]] = defaultdict(list)
+    """The score by which demem chooses its round, against the share of units that is masked; first seed of each arm."""
+    panels: dict[str, list[Row]] = {}
     for row in rows:
-        panels[f"{row['data']}: {row['method']} {row['tier']}"].append(row)
+        key = f"{row['data']}: {row['method']} {row['tier']}"
+        if not panels.get(key) or panels[key][0]["seed"] == row["seed"]:
+            panels.setdefault(key, []).append(row)
+    if not panels:
+        return None
     figure, axes = _panels(len(panels), width=4.2)
     for axis, (name, these) in zip(axes, panels.items(), strict=True):
-        for n, seed in enumerate(sorted({r["seed"] for r in these})):
-            points = sorted((r["share"], 100 * r["worst_group_acc"]) for r in these if r["seed"] == seed)
-            axis.plot(
-                *zip(*points, strict=True), "o-", markersize=3, color="C1", alpha=0.7, label=None if n else "test"
-            )
-        axis.set(title=name, xlabel="share of units gated", ylabel="worst-group accuracy, %")
+        points = sorted((100 * r["share"], 100 * r["worst"], bool(r["chosen"])) for r in these)
+        axis.plot([p[0] for p in points], [p[1] for p in points], "o-", markersize=4, color="C1")
+        axis.plot(*[[p[i] for p in points if p[2]] for i in (0, 1)], "k*", markersize=12, label="chosen")
+        axis.set(title=name, xlabel="units masked, %", ylabel="worst group, held-out, %")
         axis.legend(fontsize=6)
-    return _save(figure, out / "worst_against_k.png")
+    return _save(figure, out / "rounds.png")

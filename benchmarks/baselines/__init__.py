@@ -13,18 +13,5 @@ from benchmarks.baselines import (
 )
 from benchmarks.experiment import Method
 
-METHODS: list[Method] = [
-    method
-    for arm in (
-        erm,
-        last_layer,
-        neuron_tune,
-        example_tied_dropout,
-        silent_majority,
-        jtt,
-        afr,
-        training_groups,
-        demem,
-    )
-    for method in arm.METHODS
-]
+_FILES = (erm, last_layer, neuron_tune, example_tied_dropout, silent_majority, jtt, afr, training_groups, demem)
+METHODS: list[Method] = [method for file in _FILES for method in file.METHODS]

@@ -41,7 +41,7 @@ def load_wilds(name: str, root: str | Path) -> Any:
         found = ", ".join(sorted(p.name for p in Path(root).iterdir() if p.is_dir())) or "no folders"
         raise FileNotFoundError(
             f"wilds could not read {name} below {root} (there is: {found}). Its folder is called like "
-            f"'waterbirds_v1.0' and holds metadata.csv and the files that it lists. Reason: {error}"
+            f"'waterbirds_v1.0' and holds RELEASE_v1.0.txt, the metadata and all files. Reason: {error}"
         ) from error
 
 
