@@ -28,6 +28,8 @@ def load_wilds(name: str, root: str | Path) -> Any:
         ValueError: wilds has no such data set.
         FileNotFoundError: the folder is missing or damaged.
     """
+    import pandas
+
     wilds = _import_wilds()
     known = {known.lower(): known for known in wilds.supported_datasets}
     if name.lower() not in known:
@@ -35,7 +37,8 @@ def load_wilds(name: str, root: str | Path) -> Any:
     if not Path(root).is_dir():
         raise FileNotFoundError(f"The data folder {root} does not exist; it should hold the wilds folder of {name}.")
     try:
-        with redirect_stdout(StringIO()):
+        # wilds writes numbers into text columns, which the string type of pandas 3 refuses (CivilComments).
+        with redirect_stdout(StringIO()), pandas.option_context("future.infer_string", False):
             return wilds.get_dataset(known[name.lower()], root_dir=str(root), download=False)
     except Exception as error:  # by kind of damage: FileNotFoundError, pandas' and wilds' own errors
         found = ", ".join(sorted(p.name for p in Path(root).iterdir() if p.is_dir())) or "no folders"

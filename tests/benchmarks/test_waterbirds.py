@@ -1,0 +1,85 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import waterbirds
+from benchmarks.waterbirds import Tail, WaterbirdsFeatures, cache_features
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A Waterbirds folder of 12 coloured squares, and an untrained MobileNetV2."""
+    import pandas as pd
+    import timm
+    from PIL import Image
+
+    folder = tmp_path / "data" / "waterbirds_v1.0"
+    folder.mkdir(parents=True)
+    (folder / "RELEASE_v1.0.txt").touch()
+    rows = []
+    for i in range(12):
+        Image.fromarray(np.full((200, 190, 3), 20 * i, np.uint8)).save(folder / f"{i}.jpg")
+        rows.append({"img_filename": f"{i}.jpg", "y": i % 2, "split": i // 4, "place": i % 4 // 2})
+    pd.DataFrame(rows).to_csv(folder / "metadata.csv")
+    (tmp_path / "weights.safetensors").write_bytes(b"weights")
+    torch.manual_seed(0)
+    network = timm.create_model("mobilenetv2_100", num_classes=2)
+    monkeypatch.setattr(waterbirds, "pretrained", lambda path: network)
+    return tmp_path / "data", tmp_path / "weights.safetensors", tmp_path / "cache"
+
+
+@pytest.mark.slow
+def test_cached_layers_and_tail_make_the_whole_network(small):
+    root, weights, cache = small
+    folder = cache_features(root, weights, cache)
+    data = WaterbirdsFeatures(folder)
+    assert data.train_group_counts.tolist() == [1, 1, 1, 1]
+    x, _, _ = next(iter(data.val_dataloader()))
+    network = waterbirds.pretrained(weights).eval()
+    tail = Tail(network).eval()
+    image = waterbirds.image_transform(180, 160, (0.5,) * 3, (0.5,) * 3)
+    dataset = waterbirds.load_wilds("waterbirds", root)
+    with torch.no_grad():
+        whole = network.forward_head(
+            network.forward_features(torch.stack([image(dataset.get_input(i)) for i in range(4, 8)])), pre_logits=True
+        )
+        pooled = tail.global_pool(tail.bn2(tail.conv_head(tail.blocks(x))))
+    assert torch.allclose(whole, pooled, atol=2e-2)  # kept as float16
+
+
+@pytest.mark.slow
+def test_a_run_cut_off_is_not_taken_for_finished_and_goes_on(small, monkeypatch):
+    root, weights, cache = small
+    done = []
+
+    def stop(file, at, of):
+        done.append(file)
+        if file == "train_augmented1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(root, weights, cache, stop)
+    (folder,) = cache.iterdir()
+    assert not (folder / "complete.json").exists()
+    assert not (folder / "train_augmented1.npy").exists()
+    first = np.load(folder / "train_plain.npy").copy()
+    done.clear()
+    assert cache_features(root, weights, cache, lambda file, at, of: done.append(file)) == folder
+    assert "train_plain" not in done
+    assert "train_augmented1" in done
+    assert json.loads((folder / "complete.json").read_text())["sizes"] == [180, 160]
+    assert np.array_equal(first, np.load(folder / "train_plain.npy"))
+    done.clear()
+    cache_features(root, weights, cache, lambda file, at, of: done.append(file))
+    assert not done
+    weights.write_bytes(b"other weights")
+    assert cache_features(root, weights, cache) != folder
+
+
+def test_missing_data_and_weights_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no Waterbirds at"):
+        cache_features(tmp_path, tmp_path / "w.safetensors", tmp_path)
+    with pytest.raises(FileNotFoundError, match="Pass --weights"):
+        waterbirds.pretrained(tmp_path / "w.safetensors")
