@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--circles-epochs", type=int, default=200, help="on 1,000 points (shuffled: 20 × on 100)")
     parser.add_argument("--mi-units", type=int, default=192, help="units in the KSG matrix, drawn with the seed")
     parser.add_argument("--mi-samples", type=int, default=2_500)
+    parser.add_argument("--waterbirds-epochs", type=int, default=10)
     parser.add_argument("--cache", type=Path, help="folder for Waterbirds' frozen-layer outputs")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 weights (default: below --data-root)")
     settings = parser.parse_args(argv)
@@ -353,7 +354,7 @@ def waterbirds_epochs(seed: int, settings: argparse.Namespace) -> dict[str, Any]
     start = time.perf_counter()
     monitor, groups = ActivationDiversityMonitor(max_examples=2000), Groups()
     experiment = Experiment(TASKS["waterbirds"], Settings(settings.data_root, settings.weights, settings.cache), seed)
-    experiment.fit(callbacks=[monitor, groups])
+    experiment.fit(callbacks=[monitor, groups], epochs=settings.waterbirds_epochs)
     return {
         "experiment": "waterbirds_epochs",
         "level": None,
