@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     import torch
 
     from benchmarks.baselines import METHODS
-    from benchmarks.experiment import TASKS, Experiment, Settings, judge
+    from benchmarks.experiment import TASKS, Experiment, Settings, judge, mobilenet_weights
     from benchmarks.report import write_report
 
     tasks = [TASKS[name] for name in _names(options.data, list(TASKS), "--data", "data set")]
@@ -65,10 +65,17 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     sources = ["val", "iid"] if options.held_out == "both" else [options.held_out]
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {options.epochs}.")
+    settings = Settings(options.data_root, options.weights, options.cache)
     for task in tasks:
-        if task.needs_root and (options.data_root is None or not options.data_root.is_dir()):
-            where = "not given" if options.data_root is None else f"{options.data_root}, which does not exist"
-            raise ValueError(f"--data {task.name} reads a local folder: --data-root is {where}.")
+        for file in task.files:
+            if not (settings.root(task.name) / file).exists():
+                raise ValueError(
+                    f"--data {task.name} reads {file} below --data-root, and {options.data_root} has none."
+                )
+        if task.name == "waterbirds" and not mobilenet_weights(settings).is_file():
+            raise ValueError(
+                f"--data waterbirds needs MobileNetV2 weights; there are none at {mobilenet_weights(settings)}."
+            )
     out = _writable(options.out)
     results = out / "results.jsonl"
     if results.exists() and not options.resume:
@@ -78,7 +85,6 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             (out / f"{name}.jsonl").unlink(missing_ok=True)
         console.print(f"Earlier rows moved to {kept}; --resume would have added to them.")
 
-    settings = Settings(options.data_root, options.weights, options.cache)
     finished = {_key(row) for row in read_jsonl(results)}
     plan = [
         (task, seed, source, method)
