@@ -71,7 +71,7 @@ def _digits(settings: Settings, **options: Any) -> SpuriousDigits:
     return SpuriousDigits(**options)
 
 
-ALL_TASKS = {**TASKS, "digits_vit": Task("digits_vit", 40, _digits, _digits_vit, needs_root=False)}
+ALL_TASKS = {**TASKS, "digits_vit": Task("digits_vit", 40, _digits, _digits_vit, threads=1)}
 
 
 class _Snapshots(pl.Callback):
