@@ -1,4 +1,4 @@
-"""Plain training, and training with class-balanced sampling. Last epoch, nothing tuned."""
+"""Plain training, and training with a class-balanced loss. Last epoch, nothing tuned."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def erm(experiment: Experiment) -> Outcome:
 
 
 def class_balanced(experiment: Experiment) -> Outcome:
-    run = experiment.fit(data=experiment.data(sampling="class_balanced"))
-    return Outcome(run.logits, {"sampling": "class_balanced"})
+    run = experiment.fit(module=experiment.module(class_balanced=True))
+    return Outcome(run.logits, {"loss": "class_balanced"})
 
 
 METHODS = [
