@@ -9,7 +9,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -108,7 +107,9 @@ def network(pl_module: pl.LightningModule, head: nn.Module) -> nn.Module:
     Raises:
         ValueError: no part of the module holds the head.
     """
-    if is_overridden("forward", pl_module):
+    # The two Lightning packages have class trees of their own, so the module is asked by name.
+    libraries = ("pytorch_lightning", "lightning", "torch")
+    if any("forward" in vars(c) for c in type(pl_module).__mro__ if c.__module__.split(".")[0] not in libraries):
         return pl_module
     for child in pl_module.children():
         if any(module is head for module in child.modules()) and child is not head:

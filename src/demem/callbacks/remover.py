@@ -34,8 +34,9 @@ class MemorizationRemover(Callback):
     2. *During training* examples are drawn so that the inferred groups of all classes count the same.
     3. *After the last step, before its validation* the units that the head reads are scored by their impact on atypical
        held-out examples, masked in rounds, and the head is refitted with the layers below at rest
-       (:func:`demem.removal.remove_in_rounds`).  The round with the best worst inferred group on held-out examples
-       stays.  Masking while the layers below still learn is undone by them; that is why it comes last.
+       (:func:`demem.removal.remove_in_rounds`).  Of the rounds that are as good on the worst inferred group of the
+       held-out examples, the one that masks least stays.  Masking while the layers below still learn is undone by them;
+       that is why it comes last.
 
     From then on validation, testing, checkpoints and prediction see the gated model.  The refitted head has the weight
     0 at masked units, so a checkpoint gives the same outputs without demem.
@@ -78,7 +79,7 @@ class MemorizationRemover(Callback):
         probe_layers: str | Sequence[str] | None = None,
         shares: Sequence[float] = MASKED_SHARES,
         atypical_share: float = 0.2,
-        held_out_weight: float = 0.8,
+        held_out_weight: float = 0.95,
         l2: float = 1e-3,
         head: str | None = None,
         max_examples: int = 200_000,

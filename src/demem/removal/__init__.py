@@ -1,6 +1,15 @@
 """What is done about memorising units: masks and head refits in rounds, and interventions with exact undo."""
 
 from demem.removal.interventions import intervene
-from demem.removal.rounds import MASKED_SHARES, Examples, Round, best_round, remove_in_rounds, worst_group
+from demem.removal.rounds import MASKED_SHARES, Examples, Round, best_round, calibrate, remove_in_rounds, worst_group
 
-__all__ = ["MASKED_SHARES", "Examples", "Round", "best_round", "intervene", "remove_in_rounds", "worst_group"]
+__all__ = [
+    "MASKED_SHARES",
+    "Examples",
+    "Round",
+    "best_round",
+    "calibrate",
+    "intervene",
+    "remove_in_rounds",
+    "worst_group",
+]

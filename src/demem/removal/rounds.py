@@ -34,6 +34,7 @@ class Round(NamedTuple):
         score: ``(N,)`` memorization score of every unit, measured before this round's mask; zeros in round 0.
         worst: accuracy on the worst (true or inferred) group of the held-out examples, each judged by a head that was
             fitted without it.
+        standard_error: of ``worst``.
     """
 
     share: float
@@ -41,6 +42,7 @@ class Round(NamedTuple):
     head: LinearHead
     score: Tensor
     worst: float
+    standard_error: float
 
 
 def remove_in_rounds(
@@ -51,7 +53,7 @@ def remove_in_rounds(
     shares: Sequence[float] = MASKED_SHARES,
     atypical: Tensor | None = None,
     atypical_share: float = 0.2,
-    held_out_weight: float = 0.8,
+    held_out_weight: float = 0.95,
     l2: float = 1e-3,
 ) -> list[Round]:
     r"""Trace, mask, refit; with more units masked every round.
@@ -59,8 +61,8 @@ def remove_in_rounds(
     Each round scores the units by their impact on the atypical held-out examples under a head that was fitted on the
     *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
     highest-scoring share, units masked before included, and refits.  The atypical examples are chosen once, before the
-    first mask.  The head that is kept is fitted on training and held-out examples together.  Every fit weighs classes'
-    groups the same.
+    first mask.  The head that is kept is fitted on training and held-out examples together and calibrated
+    (:func:`calibrate`).  Every fit weighs all groups the same.
 
     Args:
         train: examples that the network was trained on.
@@ -107,23 +109,66 @@ def remove_in_rounds(
             logits = traced(held_out.features)
             atypical = atypical_by_margin(margins(logits, held_out.y), held_out.y, atypical_share, num_classes)
         head, judged = _refit(train, held_out, gate, traced, held_out_weight, l2, num_classes)
-        rounds.append(Round(share, gate, head, score, worst_group(judged, held_out.y, held_out.group)))
+        shift = calibrate(judged, held_out.y, num_classes)
+        head = LinearHead(head.weight, head.bias + shift)
+        rounds.append(Round(share, gate, head, score, *worst_group(judged + shift, held_out.y, held_out.group)))
     return rounds
 
 
 def best_round(rounds: Sequence[Round]) -> int:
-    """Index of the round with the highest worst-group accuracy on held-out examples; of equals the first, which masks
-    least."""
-    return max(range(len(rounds)), key=lambda i: (rounds[i].worst, -i))
+    """Index of the round that masks least among those within one standard error of the best worst-group accuracy on
+    held-out examples (the one-standard-error rule: what a small set cannot tell apart is settled by simplicity)."""
+    best = max(rounds, key=lambda r: r.worst)
+    return next(i for i, r in enumerate(rounds) if r.worst >= best.worst - best.standard_error)
 
 
-def worst_group(logits: Tensor, y: Tensor, group: Tensor, smallest: int = 5) -> float:
-    """Accuracy on the worst group; groups of fewer than ``smallest`` examples are too few to judge and left out, unless
-    there are no others."""
+def calibrate(logits: Tensor, y: Tensor, num_classes: int, steps: int = 400) -> Tensor:
+    """Shift of the biases that brings the accuracies of the classes together.
+
+    A head that is fitted on few examples of a class leans against it where the examples are new.  From no shift on, the
+    bias of the class with the lowest accuracy is raised again and again in steps of a hundredth of the logits' spread;
+    returned is the first shift whose worst-class accuracy is within one standard error of the best one met.
+
+    Args:
+        logits: ``(S, C)`` of examples that the head was not fitted on.
+        y: ``(S,)`` class indices.
+        num_classes: number of classes C.
+        steps: at most.
+
+    Returns:
+        ``(C,)`` to add to the bias.
+    """
+    present = [c for c in range(num_classes) if bool((y == c).any())]
+    size = float((logits - logits.mean(1, keepdim=True)).std()) / 100
+    shift, shifts, accuracies = torch.zeros_like(logits[0]), [], []
+    for _ in range(steps):
+        right = ((logits + shift).argmax(1) == y).float()
+        by_class = {c: float(right[y == c].mean()) for c in present}
+        worst = min(present, key=lambda c: by_class[c])
+        shifts.append(shift.clone())
+        accuracies.append((by_class[worst], int((y == worst).sum())))
+        if len(accuracies) - accuracies.index(max(accuracies)) > 50:
+            break
+        shift[worst] += size
+    best, count = max(accuracies, key=lambda a: a[0])
+    enough = best - _standard_error(best, count)
+    return next(s for s, (accuracy, _) in zip(shifts, accuracies, strict=True) if accuracy >= enough)
+
+
+def worst_group(logits: Tensor, y: Tensor, group: Tensor, smallest: int = 5) -> tuple[float, float]:
+    """Accuracy on the worst group and its standard error; groups of fewer than ``smallest`` examples are too few to
+    judge and left out, unless there are no others."""
     right = (logits.argmax(1) == y).float()
     groups = [right[group == g] for g in group.unique()]  # type: ignore[no-untyped-call]
     judged = [g for g in groups if len(g) >= smallest] or groups
-    return min(float(g.mean()) for g in judged)
+    worst = min(judged, key=lambda g: float(g.mean()))
+    return float(worst.mean()), _standard_error(float(worst.mean()), len(worst))
+
+
+def _standard_error(accuracy: float, count: int) -> float:
+    # Agresti and Coull's centre: a perfect score on a few examples is not certain.
+    p = (accuracy * count + 2) / (count + 4)
+    return float((p * (1 - p) / (count + 4)) ** 0.5)
 
 
 def _refit(
@@ -142,13 +187,13 @@ def _refit(
     if held_out_weight == 1:
         x = held_out.features * gate
         head = fit_linear(x, held_out.y, own, l2, num_classes)
-        return head, crossfit_logits(x, held_out.y, own, l2, num_classes, k=3)
+        return head, crossfit_logits(x, held_out.y, own, l2, num_classes)
     x = torch.cat([train.features, held_out.features]) * gate
     y = torch.cat([train.y, held_out.y])
     weights = balanced_weights(train.group, SMOOTHING)
     weights = torch.cat([(1 - held_out_weight) * weights / weights.sum(), held_out_weight * own / own.sum()])
     logits = torch.zeros(len(held_out.y), num_classes, device=x.device)
-    for left_out in folds(held_out.y, 3):
+    for left_out in folds(held_out.y, 5):
         used = torch.cat([torch.ones_like(train.y, dtype=torch.bool), ~left_out])
         head = fit_linear(x[used], y[used], weights[used], l2, num_classes)
         logits[left_out] = head(held_out.features[left_out])

@@ -1,0 +1,423 @@
+import copy
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from demem.callbacks import MemorizationRemover, WorstGroupMonitor
+
+QUIET = dict(
+    accelerator="cpu",
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+)
+# The work around a fit: workers for a tiny set, and one process's view of metrics.
+warnings.filterwarnings("ignore", ".*does not have many workers.*")
+
+
+def _set(n, share, seed, classes=2):
+    """Class in faint, attribute in plain sight."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    a = torch.where(torch.rand(n, generator=generator) < share, y, torch.randint(0, classes, (n,), generator=generator))
+    one_hot = nn.functional.one_hot
+    x = torch.cat([one_hot(y, classes) * 1.0, one_hot(a, classes) * 3.0, torch.zeros(n, 12 - 2 * classes)], 1)
+    return TensorDataset(x + 0.5 * torch.randn(n, 12, generator=generator), y, classes * y + a)
+
+
+TRAIN, VAL, TEST = _set(240, 0.9, 0), _set(120, 0.0, 1), _set(400, 0.0, 2)
+
+
+def _loaders(train=TRAIN, val=VAL, **options):
+    options = {"batch_size": 32} | options
+    return dict(
+        train_dataloaders=DataLoader(train, shuffle=True, **options), val_dataloaders=DataLoader(val, **options)
+    )
+
+
+class Net(pl.LightningModule):
+    def __init__(self, outputs=2, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, outputs))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        if logits.shape[1] == 1:
+            return nn.functional.binary_cross_entropy_with_logits(logits[:, 0], batch[1].float())
+        return nn.functional.cross_entropy(logits, batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 3e-3)
+
+
+def _fit(remover=None, module=None, epochs=4, library=pl, callbacks=(), loaders=None, ckpt_path=None, **options):
+    pl.seed_everything(0, verbose=False)
+    module = module or Net()
+    callbacks = [*([remover] if remover else []), *callbacks]
+    trainer = library.Trainer(**QUIET | {"max_epochs": epochs, "callbacks": callbacks} | options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*does not have many workers.*|.*number of training batches.*|.*tensorboardX.*"
+        )
+        trainer.fit(module, **(loaders or _loaders()), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def _worst(module, dataset=TEST):
+    x, y, g = dataset.tensors
+    module.eval()
+    with torch.no_grad():
+        right = (module(x).argmax(1) == y).float()
+    return min(float(right[g == k].mean()) for k in g.unique())
+
+
+def test_lifts_the_worst_group_and_finds_the_attribute():
+    plain, _ = _fit()
+    remover = MemorizationRemover()
+    module, trainer = _fit(remover)
+    assert _worst(module) > _worst(plain) + 0.1
+    assert sum(r["chosen"] for r in remover.rounds) == 1
+    assert [r["share"] for r in remover.rounds] == [0.0, *remover.shares]
+    # Inferred groups of the training set against the planted ones.
+    assert float((remover._train_groups == TRAIN.tensors[2]).float().mean()) > 0.9
+    assert sum(remover.probe["groups"]) == len(TRAIN)
+    assert float(trainer.callback_metrics["removal/masked_share"]) in [r["share"] for r in remover.rounds]
+
+
+def test_last_validation_sees_the_gated_model_and_export_gives_the_same():
+    remover, monitor = MemorizationRemover(shares=(0.5,)), WorstGroupMonitor()
+    module, trainer = _fit(remover, callbacks=[monitor])
+    assert float(trainer.callback_metrics["val/worst_group_acc"]) == pytest.approx(_worst(module, VAL))
+    exported = remover.export(module)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in exported.modules())
+    assert list(exported.state_dict()) == list(Net().state_dict())
+    with torch.no_grad():
+        x = TEST.tensors[0]
+        assert torch.allclose(exported(x), module(x), atol=1e-6)
+        # What is masked does not matter: the head has the weight 0 there.
+        plain = Net()
+        plain.load_state_dict(module.state_dict())
+        assert torch.allclose(plain(x), module(x), atol=1e-6)
+
+
+def test_masked_units_are_gated():
+    remover = MemorizationRemover(shares=(0.5,))
+    module, _ = _fit(remover)
+    gate = remover.state_dict()["gate"]
+    chosen = next(r["share"] for r in remover.rounds if r["chosen"])
+    assert int((gate == 0).sum()) == round(chosen * 16)
+    assert (module.net[4].weight[:, gate == 0] == 0).all()
+    assert not any("gate" in name for name in module.state_dict())
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole, straight = MemorizationRemover(), None
+    straight, _ = _fit(whole, epochs=4)
+
+    class SaveAndStop(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    _fit(MemorizationRemover(), epochs=4, callbacks=[SaveAndStop()])
+    second = MemorizationRemover()
+    resumed, _ = _fit(second, epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6), name
+    assert second.rounds == whole.rounds
+    assert second.probe == whole.probe
+    assert torch.equal(second.state_dict()["gate"], whole.state_dict()["gate"])
+
+
+def test_state_comes_back_and_holds_only_primitives(tmp_path):
+    remover = MemorizationRemover(shares=(0.5,))
+    _, trainer = _fit(remover)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    content = torch.load(tmp_path / "end.ckpt", weights_only=True)  # refuses anything but tensors and primitives
+    state = content["callbacks"][remover.state_key]
+    again = MemorizationRemover(shares=(0.5,))
+    again.load_state_dict(state)
+    assert again.rounds == remover.rounds
+    # A resume at the end restores the gates, which setup alone has as ones.
+    module, _ = _fit(again, epochs=4, ckpt_path=tmp_path / "end.ckpt")
+    assert torch.equal(again.state_dict()["gate"], remover.state_dict()["gate"])
+    assert torch.equal(module.net[4].get_buffer("input_gate"), remover.state_dict()["gate"])
+
+
+def test_does_not_disturb_training_without_rebalance():
+    """Up to the removal at the end, the run is the one without the callback."""
+    plain, _ = _fit()
+    module, _ = _fit(MemorizationRemover(rebalance=False))
+    for (name, a), b in zip(plain.state_dict().items(), module.state_dict().values(), strict=True):
+        if not name.startswith("net.4"):
+            assert torch.equal(a, b), name
+    assert module.training
+
+
+def test_rebalancing_draws_inferred_groups_alike():
+    seen = []
+
+    class Count(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(batch[2])
+
+    _fit(MemorizationRemover(), epochs=20, callbacks=[Count()])
+    share = torch.bincount(torch.cat(seen), minlength=4).float() / len(torch.cat(seen))
+    natural = torch.bincount(TRAIN.tensors[2]).float() / len(TRAIN)
+    assert natural.min() < 0.07
+    assert share.min() > 2 * natural.min()
+
+
+def test_a_sampler_of_ones_own_is_kept():
+    sampler = torch.utils.data.WeightedRandomSampler(torch.ones(len(TRAIN)), len(TRAIN))
+    loaders = dict(
+        train_dataloaders=DataLoader(TRAIN, 32, sampler=sampler), val_dataloaders=DataLoader(VAL, batch_size=32)
+    )
+    with pytest.warns(UserWarning, match="does not rebalance"):
+        pl.Trainer(**QUIET, max_epochs=1, callbacks=[MemorizationRemover()]).fit(Net(), **loaders)
+    assert loaders["train_dataloaders"].batch_sampler.sampler is sampler
+
+
+def test_true_groups_of_the_held_out_examples():
+    remover = MemorizationRemover(use_groups=True)
+    _fit(remover)
+    assert torch.equal(remover._held_out_groups, VAL.tensors[2])
+    with pytest.raises(ValueError, match="carry no groups"):
+        _fit(
+            MemorizationRemover(use_groups=True),
+            loaders=_loaders(*(TensorDataset(*d.tensors[:2]) for d in (TRAIN, VAL))),
+        )
+
+
+def test_one_logit_and_three_classes():
+    module, _ = _fit(MemorizationRemover(), Net(outputs=1))
+    x, y, _ = TEST.tensors
+    assert float(((module(x)[:, 0] > 0).long() == y).float().mean()) > 0.7
+    train, val = _set(300, 0.9, 0, 3), _set(150, 0.0, 1, 3)
+    plain, _ = _fit(None, Net(outputs=3), 12, loaders=_loaders(train, val))
+    remover = MemorizationRemover()
+    module, _ = _fit(remover, Net(outputs=3), epochs=12, loaders=_loaders(train, val))
+    assert len(remover.probe["groups"]) <= 9
+    test = _set(900, 0.0, 2, 3)
+    assert _worst(module, test) > _worst(plain, test) + 0.1
+
+
+def test_batches_of_two_dicts_and_an_adapter():
+    class Pairs(torch.utils.data.Dataset):
+        def __init__(self, tensors, form):
+            self.tensors, self.form = tensors, form
+
+        def __len__(self):
+            return len(self.tensors[0])
+
+        def __getitem__(self, i):
+            x, y, g = (t[i] for t in self.tensors)
+            return {"dict": {"image": x, "label": y, "group": g}, "odd": (x, {"answer": y}, g, 0)}[self.form]
+
+    class FromDict(Net):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch["image"]), batch["label"])
+
+        def validation_step(self, batch, batch_idx):
+            self(batch["image"])
+
+    class Odd(Net):
+        def unpack_batch(self, batch):
+            return batch[0], batch[1]["answer"], batch[2]
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1]["answer"])
+
+    for form, module in (("dict", FromDict()), ("odd", Odd())):
+        loaders = _loaders(Pairs(TRAIN.tensors, form), Pairs(VAL.tensors, form))
+        remover = MemorizationRemover()
+        _fit(remover, module, epochs=1, loaders=loaders)
+        assert remover.rounds
+    odd = _loaders(Pairs(TRAIN.tensors, "odd"), Pairs(VAL.tensors, "odd"))
+    with pytest.raises(TypeError, match="unpack_batch"):
+        _fit(MemorizationRemover(), FromDict(), loaders=odd, num_sanity_val_steps=0)
+
+
+def test_module_without_forward():
+    class Steps(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Net().net
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            self.model(batch[0])
+
+        configure_optimizers = Net.configure_optimizers
+
+    remover = MemorizationRemover()
+    _fit(remover, Steps(), epochs=1)
+    assert remover.rounds
+
+
+def test_model_built_in_configure_model():
+    class Late(Net):
+        def __init__(self):
+            super().__init__()
+            self.net = None
+
+        def configure_model(self):
+            if self.net is None:
+                self.net = Net().net
+
+    remover = MemorizationRemover()
+    module, _ = _fit(remover, Late(), epochs=1)
+    assert remover.rounds
+    assert module.net[4].get_buffer("input_gate").shape == (16,)
+
+
+def test_runs_in_a_lightning_pytorch_trainer():
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Own(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net().net
+
+        forward, training_step = Net.forward, Net.training_step
+        validation_step, configure_optimizers = Net.validation_step, Net.configure_optimizers
+
+    remover = MemorizationRemover()
+    _, trainer = _fit(remover, Own(), library=lightning)
+    assert remover.rounds
+    assert "removal/masked_share" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_timm_classifiers(name):
+    options = dict(img_size=32, patch_size=8, depth=2) if name.startswith("vit") else {}
+
+    class Images(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = timm.create_model(name, num_classes=2, **options)
+
+        def forward(self, x):
+            return self.model(x)
+
+        training_step, validation_step = Net.training_step, Net.validation_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 1e-3)
+
+    def images(dataset):
+        x, y, g = dataset.tensors
+        return TensorDataset(x.view(-1, 3, 2, 2).repeat_interleave(16, 2).repeat_interleave(16, 3)[:64], y[:64], g[:64])
+
+    remover = MemorizationRemover(shares=(0.5,))
+    module, _ = _fit(remover, Images(), epochs=1, loaders=_loaders(images(TRAIN), images(VAL)))
+    x = images(TEST).tensors[0][:8]
+    module.eval()
+    with torch.no_grad():
+        assert torch.allclose(remover.export(module)(x), module(x), atol=1e-5)
+
+
+def test_stopped_early_still_removes():
+    class Stop(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch >= 1
+
+    remover = MemorizationRemover(shares=(0.5,))
+    with pytest.warns(UserWarning, match="before its last planned step"):
+        _fit(remover, epochs=10, callbacks=[Stop()])
+    assert remover.rounds
+
+
+def test_deepcopy_and_dry_run():
+    remover = MemorizationRemover()
+    module, _ = _fit(remover, fast_dev_run=True)
+    assert not remover.rounds  # two batches cannot be traced
+    copied = copy.deepcopy(module)
+    x = TEST.tensors[0]
+    assert torch.equal(copied(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(shares=(0.5, 0.2)), "must grow"),
+        (dict(atypical_share=0), "atypical_share"),
+        (dict(held_out_weight=2), "held_out_weight"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MemorizationRemover(**arguments)
+
+
+def test_bad_data_is_refused_before_training():
+    x, y, g = TRAIN.tensors
+    trained = []
+
+    class Step(pl.Callback):
+        def on_train_batch_start(self, *_):
+            trained.append(1)
+
+    def refused(message, remover=None, loaders=None, module=None, **options):
+        with pytest.raises(ValueError, match=message):
+            _fit(remover or MemorizationRemover(), module, loaders=loaders, callbacks=[Step()], **options)
+
+    refused("matches nothing.*net.0", MemorizationRemover(probe_layers="layer9"))
+    refused("held-out examples", limit_val_batches=0)
+    refused("out of range", loaders=_loaders(TensorDataset(x, y + 1, g)))
+    one_class = TensorDataset(*(t[VAL.tensors[1] == 0] for t in VAL.tensors))
+    refused("absent", loaders=_loaders(val=one_class))
+    refused("NaN", loaders=_loaders(TensorDataset(x * torch.nan, y, g)))
+    refused("is not an nn.Linear", MemorizationRemover(head="net.1"))
+    assert not trained
+
+
+class _Record(pl.Callback):
+    def __init__(self, remover, path):
+        self.remover, self.path = remover, path
+
+    def on_fit_end(self, trainer, pl_module):
+        state = {k: v.cpu() for k, v in pl_module.state_dict().items()}
+        torch.save({"callback": self.remover.state_dict(), "model": state}, f"{self.path}.{trainer.global_rank}")
+
+
+class _Frozen(Net):
+    """Learns nothing below the head, so that one process and two end with the same features."""
+
+    def __init__(self):
+        super().__init__()
+        for parameter in self.net[:4].parameters():
+            parameter.requires_grad_(False)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    states = []
+    for devices in (1, 2):
+        remover = MemorizationRemover(shares=(0.25, 0.5))
+        record = _Record(remover, str(tmp_path / f"s{devices}"))
+        strategy = "ddp_spawn" if devices == 2 else "auto"
+        _fit(remover, _Frozen(), epochs=2, callbacks=[record], strategy=strategy, devices=devices)
+        states += [torch.load(tmp_path / f"s{devices}.{rank}", weights_only=True) for rank in range(devices)]
+    alone, first, second = states
+    for state in (first, second):
+        assert state["callback"]["rounds"] == alone["callback"]["rounds"]
+        assert torch.equal(state["callback"]["train_groups"], alone["callback"]["train_groups"])
+        assert torch.equal(state["callback"]["gate"], alone["callback"]["gate"])
+        for name, value in state["model"].items():
+            assert torch.allclose(value, alone["model"][name], atol=1e-5), name

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from demem.linear import balanced_weights, crossfit_logits, fit_linear, folds
+
+
+def _problem(n=200, d=6, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator) * torch.arange(1, d + 1) + 2
+    y = (x @ torch.randn(d, classes, generator=generator) + torch.randn(n, classes, generator=generator)).argmax(1)
+    return x, y
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_equals_scikit_learn_on_standardised_features(classes):
+    x, y = _problem(classes=classes)
+    weights = torch.rand(len(y)) + 0.1
+    l2 = 1e-2
+    head = fit_linear(x, y, weights, l2, max_iter=500)
+    mean, std = x.mean(0), x.std(0, correction=0)
+    # scikit-learn minimises the sum of weighted losses + ‖W‖²/(2C); the weights here sum to 1. For two classes it keeps
+    # one row, the difference of ours, for which the same penalty is half as large.
+    penalty = l2 * x.shape[1] / (2 if classes == 2 else 1)
+    reference = LogisticRegression(C=1 / penalty, tol=1e-8, max_iter=5000)
+    reference.fit(((x - mean) / std).double().numpy(), y.numpy(), sample_weight=(weights / weights.sum()).numpy())
+    expected = torch.from_numpy(reference.predict_proba(((x - mean) / std).double().numpy()))
+    assert torch.allclose(head(x).softmax(1).double(), expected, atol=2e-4)
+
+
+def test_features_that_do_not_vary_get_no_weight_and_change_nothing():
+    x, y = _problem()
+    gate = torch.tensor([1.0, 0, 1, 0, 1, 1])
+    masked = fit_linear(x * gate, y)
+    assert torch.equal(masked.weight[:, gate == 0], torch.zeros(3, 2))
+    kept = fit_linear(x[:, gate == 1], y)
+    assert torch.allclose(masked(x), kept(x[:, gate == 1]), atol=1e-5)
+
+
+def test_weights_stand_for_repeats():
+    x, y = _problem(60)
+    repeats = torch.randint(1, 4, (60,))
+    index = torch.arange(60).repeat_interleave(repeats)
+    # Standardisation sees the repeats, so compare on features that are standardised with them already.
+    x = (x - x[index].mean(0)) / x[index].std(0, correction=0)
+    a, b = (
+        fit_linear(x, y, repeats.float(), 1e-6, max_iter=500),
+        fit_linear(x[index], y[index], None, 1e-6, max_iter=500),
+    )
+    assert torch.allclose(a(x).softmax(1), b(x).softmax(1), atol=2e-3)
+
+
+def test_crossfit_does_not_see_the_example_it_judges():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(100, 300, generator=generator), torch.randint(0, 2, (100,), generator=generator)
+    assert (fit_linear(x, y, l2=1e-6)(x).argmax(1) == y).all()  # more features than examples: fitted by heart
+    accuracy = float((crossfit_logits(x, y, l2=1e-6).argmax(1) == y).float().mean())
+    assert 0.3 < accuracy < 0.7
+
+
+def test_folds_cover_everything_once_and_split_classes_evenly():
+    y = torch.tensor([0] * 50 + [1] * 10)
+    masks = torch.stack(list(folds(y, 5)))
+    assert (masks.sum(0) == 1).all()
+    assert (masks[:, y == 1].sum(1) == 2).all()
+    with pytest.raises(ValueError, match="two examples of every class"):
+        list(folds(torch.tensor([0, 0, 0, 1]), 3))
+
+
+def test_balanced_weights():
+    key = torch.tensor([0, 0, 0, 1])
+    weights = balanced_weights(key)
+    assert float(weights[key == 0].sum()) == pytest.approx(float(weights[key == 1].sum()))
+    smooth = balanced_weights(key, 0.5)
+    assert 1 < float(smooth[3] / smooth[0]) < 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(features=torch.full((4, 2), torch.nan)), "NaN"),
+        (dict(y=torch.tensor([0, 1, 2, 5])), "out of range"),
+        (dict(y=torch.tensor([0, 1])), "Expected features"),
+        (dict(weights=torch.zeros(4)), "not all zero"),
+        (dict(weights=-torch.ones(4)), "non-negative"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    arguments = dict(features=torch.randn(4, 2), y=torch.tensor([0, 1, 0, 1]), num_classes=3) | change
+    with pytest.raises(ValueError, match=message):
+        fit_linear(**arguments)

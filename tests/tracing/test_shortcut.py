@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from demem.tracing.shortcut import find_shortcut, probe_shortcut
+
+
+def _layers(n=2000, share=0.95, seed=0):
+    """An early layer that shows the attribute, a middle one that shows both, a late one that shows the class best."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    y = torch.randint(0, 2, (n,), generator=generator)
+    attribute = torch.where(torch.rand(n, generator=generator) < share, y, 1 - y)
+    a, c = 2.0 * attribute[:, None] - 1, 2.0 * y[:, None] - 1
+    early = torch.cat([2 * a + 0.5 * noise(n, 4), noise(n, 8)], 1)
+    late = torch.cat([1.5 * a + noise(n, 4), 1.5 * c + noise(n, 4)], 1)
+    return {"pixels": noise(n, 6), "early": early, "late": late}, y, attribute
+
+
+def test_finds_the_planted_attribute_without_being_told():
+    features, y, attribute = _layers()
+    probe = find_shortcut(features, y, 2)
+    assert probe.site == "early"  # not the pixels, which tell nothing, nor the late layer, which knows the class
+    assert float((probe.attribute == attribute).float().mean()) > 0.99
+    assert torch.equal(probe.groups(y), 2 * y + probe.attribute)
+    minority = attribute != y
+    assert float((probe.attribute != y)[minority].float().mean()) > 0.95
+    # An example outside is judged by the probe that was fitted on all.
+    others, _, truth = _layers(seed=1)
+    assert float((probe.head(others["early"]).argmax(1) == truth).float().mean()) > 0.99
+
+
+def test_late_layer_hides_the_minority():
+    features, y, attribute = _layers()
+    late = probe_shortcut(features["late"], y, 2)
+    minority = attribute != y
+    assert float((late.attribute != y)[minority].float().mean()) < 0.5
+
+
+def test_is_class_balanced_and_multiclass():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.cat([torch.zeros(900), torch.ones(60), torch.full((40,), 2.0)]).long()
+    x = torch.nn.functional.one_hot(y, 3) + 0.1 * torch.randn(1000, 3, generator=generator)
+    probe = probe_shortcut(x, y, 3)
+    assert probe.error < 0.01
+    assert int(probe.groups(y).max()) == 8
+
+
+def test_refuses_nothing_to_probe():
+    with pytest.raises(ValueError, match="at least one layer"):
+        find_shortcut({}, torch.tensor([0, 1]), 2)
