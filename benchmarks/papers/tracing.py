@@ -160,9 +160,10 @@ def _run(task: Task, seed: int, settings: Settings, out: Path, path: Path) -> No
     generator = torch.Generator().manual_seed(seed)
     scores = _scores(model, sites, train, minority, generator)
     before = {name: _accuracies(model, split) for name, split in splits.items()}
-    reference = prefix[max(e for e in prefix if e <= max(last - 5, min(prefix)))]
+    earlier = [e for e in prefix if e <= last - 5] or [e for e in prefix if e < last]
+    reference = prefix[max(earlier)] if earlier else None
     for score, share, kind in _plan(list(scores), total):
-        if ("change", "", score, share, kind) in have:
+        if ("change", "", score, share, kind) in have or (kind == "rewind" and reference is None):
             continue
         k = max(1, round(share * total))
         repeats = REPEATS if score in CONTROLS else 1
