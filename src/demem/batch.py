@@ -1,8 +1,8 @@
 """Read ``(inputs, labels, groups)`` out of whatever a data loader yields, and logits out of whatever a model returns.
 
 Understood as they are: ``(x, y)``; ``(x, y, group)``; ``(x, y, metadata)`` as wilds yields it, given the dataset's
-grouper; a mapping with inputs (``x``, ``image``, ``pixel_values``, ``input_ids`` …), labels (``y``, ``label``, ``labels``,
-``target``) and groups (``group``, ``groups``, ``g``, ``metadata``).
+grouper; a mapping with inputs (``x``, ``image``, ``pixel_values``, ``input_ids`` …), labels (``y``, ``label``,
+``labels``, ``target``) and groups (``group``, ``groups``, ``g``, ``metadata``).
 
 **Any other batch:** define one method on your LightningModule::
 
