@@ -94,7 +94,9 @@ def test_lifts_the_worst_group_and_finds_the_attribute():
     # Inferred groups of the training set against the planted ones.
     assert float((remover._train_groups == TRAIN.tensors[2]).float().mean()) > 0.9
     assert sum(remover.probe["groups"]) == len(TRAIN)
-    assert float(trainer.callback_metrics["removal/masked_share"]) in [r["share"] for r in remover.rounds]
+    chosen = next(r for r in remover.rounds if r["chosen"])
+    assert chosen["worst"] == max(r["worst"] for r in remover.rounds)
+    assert float(trainer.callback_metrics["removal/masked_share"]) == pytest.approx(chosen["share"])
 
 
 def test_last_validation_sees_the_gated_model_and_export_gives_the_same():
@@ -358,6 +360,7 @@ def test_deepcopy_and_dry_run():
         (dict(shares=(0.5, 0.2)), "must grow"),
         (dict(atypical_share=0), "atypical_share"),
         (dict(held_out_weight=2), "held_out_weight"),
+        (dict(atypical="loss"), "atypical must be"),
     ],
 )
 def test_wrong_arguments(arguments, message):

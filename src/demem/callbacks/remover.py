@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -34,9 +34,8 @@ class MemorizationRemover(Callback):
     2. *During training* examples are drawn so that the inferred groups of all classes count the same.
     3. *After the last step, before its validation* the units that the head reads are scored by their impact on atypical
        held-out examples, masked in rounds, and the head is refitted with the layers below at rest
-       (:func:`demem.removal.remove_in_rounds`).  Of the rounds that are as good on the worst inferred group of the
-       held-out examples, the one that masks least stays.  Masking while the layers below still learn is undone by them;
-       that is why it comes last.
+       (:func:`demem.removal.remove_in_rounds`).  The round that is best on the worst inferred group of the held-out
+       examples stays.  Masking while the layers below still learn is undone by them; that is why it comes last.
 
     From then on validation, testing, checkpoints and prediction see the gated model.  The refitted head has the weight
     0 at masked units, so a checkpoint gives the same outputs without demem.
@@ -51,7 +50,9 @@ class MemorizationRemover(Callback):
         probe_layers: patterns (:func:`demem.sites.find_sites`) of the layers to probe, shallow ones first; default what
             the first block or layer reads, and the outputs of blocks, stages or layers.
         shares: of the head's inputs that are masked, one a round, growing.
-        atypical_share: of the held-out examples of each class, those with the lowest margins are traced.
+        atypical: the held-out examples that units are traced on: ``"group"``, those of inferred (with ``use_groups``,
+            true) minority groups, or ``"margin"``, those with the lowest margins in each class.
+        atypical_share: of each class, for ``"margin"``.
         held_out_weight: weight of the held-out examples in the refit, against the training examples' 1 − that; 0 refits
             on training examples alone.
         l2: of the refit, see :func:`demem.linear.fit_linear`.
@@ -78,6 +79,7 @@ class MemorizationRemover(Callback):
         use_groups: bool = False,
         probe_layers: str | Sequence[str] | None = None,
         shares: Sequence[float] = MASKED_SHARES,
+        atypical: Literal["group", "margin"] = "group",
         atypical_share: float = 0.2,
         held_out_weight: float = 0.95,
         l2: float = 1e-3,
@@ -91,12 +93,15 @@ class MemorizationRemover(Callback):
                 "atypical_share must be in (0, 1], held_out_weight in [0, 1], l2 above 0 and max_examples at least 1; "
                 f"got {atypical_share}, {held_out_weight}, {l2} and {max_examples}."
             )
+        if atypical not in ("group", "margin"):
+            raise ValueError(f"atypical must be 'group' or 'margin', got {atypical!r}.")
         if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
             raise ValueError(f"shares must grow and lie in (0, 1), got {list(shares)}.")
         self.rebalance = rebalance
         self.use_groups = use_groups
         self.probe_layers = probe_layers
         self.shares = tuple(float(s) for s in shares)
+        self.atypical = atypical
         self.atypical_share = atypical_share
         self.held_out_weight = held_out_weight
         self.l2 = l2
@@ -257,6 +262,7 @@ class MemorizationRemover(Callback):
             *sets,
             num_classes=self._num_classes(),
             shares=self.shares,
+            trace_on=self.atypical,
             atypical_share=self.atypical_share,
             held_out_weight=self.held_out_weight,
             l2=self.l2,

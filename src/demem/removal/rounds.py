@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def remove_in_rounds(
     *,
     num_classes: int,
     shares: Sequence[float] = MASKED_SHARES,
-    atypical: Tensor | None = None,
+    trace_on: Literal["group", "margin"] = "group",
     atypical_share: float = 0.2,
     held_out_weight: float = 0.95,
     l2: float = 1e-3,
@@ -69,7 +69,9 @@ def remove_in_rounds(
         held_out: examples that it was not trained on.
         num_classes: number of classes.
         shares: of the units to mask, growing, each in (0, 1).
-        atypical: bool ``(held-out examples,)``; default the ``atypical_share`` with the lowest margin in each class.
+        trace_on: which held-out examples are atypical: ``"group"``, those of all groups but the largest of their class
+            in the training set; or ``"margin"`` (also where a class has no others), the ``atypical_share`` with the
+            lowest margins in each class.
         atypical_share: see there.
         held_out_weight: share of the held-out examples in the weight of the final fit; 0 fits it on the training
             examples alone, 1 on the held-out ones alone.
@@ -97,6 +99,7 @@ def remove_in_rounds(
     gate, score = torch.ones(width, device=train.features.device), torch.zeros(width, device=train.features.device)
     rounds: list[Round] = []
     traced: LinearHead | None = None
+    atypical: Tensor | None = None
     for share in (0.0, *shares):
         if traced is not None and atypical is not None:
             logits = traced(held_out.features)
@@ -106,62 +109,79 @@ def remove_in_rounds(
             gate[order[: round(share * width)]] = 0
         traced = fit_linear(train.features * gate, train.y, weights, l2, num_classes)
         if atypical is None:
-            logits = traced(held_out.features)
-            atypical = atypical_by_margin(margins(logits, held_out.y), held_out.y, atypical_share, num_classes)
+            atypical = minority(train, held_out)
+            if trace_on == "margin" or len(set(held_out.y[atypical].tolist())) < num_classes:
+                logits = traced(held_out.features)
+                atypical = atypical_by_margin(margins(logits, held_out.y), held_out.y, atypical_share, num_classes)
         head, judged = _refit(train, held_out, gate, traced, held_out_weight, l2, num_classes)
-        shift = calibrate(judged, held_out.y, num_classes)
+        shift = calibrate(judged, held_out.y, held_out.group, num_classes)
         head = LinearHead(head.weight, head.bias + shift)
         rounds.append(Round(share, gate, head, score, *worst_group(judged + shift, held_out.y, held_out.group)))
     return rounds
 
 
+def minority(train: Examples, held_out: Examples) -> Tensor:
+    """Which held-out examples are not of their class's largest group in the training set: bool ``(S,)``."""
+    largest = [int(train.group[train.y == c].mode().values) for c in range(int(held_out.y.max()) + 1)]
+    return held_out.group != torch.tensor(largest, device=held_out.y.device)[held_out.y]
+
+
 def best_round(rounds: Sequence[Round]) -> int:
-    """Index of the round that masks least among those within one standard error of the best worst-group accuracy on
-    held-out examples (the one-standard-error rule: what a small set cannot tell apart is settled by simplicity)."""
-    best = max(rounds, key=lambda r: r.worst)
-    return next(i for i, r in enumerate(rounds) if r.worst >= best.worst - best.standard_error)
+    """Index of the round with the highest worst-group accuracy on held-out examples; of equals the one that masks
+    least."""
+    return max(range(len(rounds)), key=lambda i: (rounds[i].worst, -i))
 
 
-def calibrate(logits: Tensor, y: Tensor, num_classes: int, steps: int = 400) -> Tensor:
-    """Shift of the biases that brings the accuracies of the classes together.
+def calibrate(logits: Tensor, y: Tensor, group: Tensor, num_classes: int, steps: int = 400) -> Tensor:
+    """Shift of the biases that brings the accuracies of the groups together.
 
     A head that is fitted on few examples of a class leans against it where the examples are new.  From no shift on, the
-    bias of the class with the lowest accuracy is raised again and again in steps of a hundredth of the logits' spread;
-    returned is the first shift whose worst-class accuracy is within one standard error of the best one met.
+    bias of the class that the worst group belongs to is raised again and again, in steps of a hundredth of the logits'
+    spread.  Returned is the first shift whose worst-group accuracy is within one standard error of the best one met:
+    what a small set cannot tell apart is settled by the smaller change.
 
     Args:
         logits: ``(S, C)`` of examples that the head was not fitted on.
         y: ``(S,)`` class indices.
+        group: ``(S,)``, true or inferred; the examples of a group are of one class.
         num_classes: number of classes C.
         steps: at most.
 
     Returns:
         ``(C,)`` to add to the bias.
     """
-    present = [c for c in range(num_classes) if bool((y == c).any())]
+    groups = _judged(group)
+    members = torch.stack([group == g for g in groups]).float()
+    counts = members.sum(1)
+    owner = [int(y[group == g][0]) for g in groups]
     size = float((logits - logits.mean(1, keepdim=True)).std()) / 100
-    shift, shifts, accuracies = torch.zeros_like(logits[0]), [], []
+    shift = torch.zeros(num_classes, device=logits.device)
+    shifts: list[Tensor] = []
+    accuracies: list[tuple[float, int]] = []
     for _ in range(steps):
-        right = ((logits + shift).argmax(1) == y).float()
-        by_class = {c: float(right[y == c].mean()) for c in present}
-        worst = min(present, key=lambda c: by_class[c])
+        accuracy = members @ ((logits + shift).argmax(1) == y).float() / counts
+        worst = int(accuracy.argmin())
         shifts.append(shift.clone())
-        accuracies.append((by_class[worst], int((y == worst).sum())))
+        accuracies.append((float(accuracy[worst]), int(counts[worst])))
         if len(accuracies) - accuracies.index(max(accuracies)) > 50:
             break
-        shift[worst] += size
-    best, count = max(accuracies, key=lambda a: a[0])
+        shift[owner[worst]] += size
+    best, count = max(accuracies)
     enough = best - _standard_error(best, count)
     return next(s for s, (accuracy, _) in zip(shifts, accuracies, strict=True) if accuracy >= enough)
 
 
-def worst_group(logits: Tensor, y: Tensor, group: Tensor, smallest: int = 5) -> tuple[float, float]:
-    """Accuracy on the worst group and its standard error; groups of fewer than ``smallest`` examples are too few to
-    judge and left out, unless there are no others."""
+def _judged(group: Tensor, smallest: int = 5) -> list[int]:
+    """Groups with enough examples to judge; all, if none has."""
+    counts = torch.bincount(group)
+    return (counts >= smallest).nonzero()[:, 0].tolist() or (counts > 0).nonzero()[:, 0].tolist()
+
+
+def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> tuple[float, float]:
+    """Accuracy on the worst group and its standard error; groups of fewer than 5 examples are too few to judge and left
+    out, unless there are no others."""
     right = (logits.argmax(1) == y).float()
-    groups = [right[group == g] for g in group.unique()]  # type: ignore[no-untyped-call]
-    judged = [g for g in groups if len(g) >= smallest] or groups
-    worst = min(judged, key=lambda g: float(g.mean()))
+    worst = min((right[group == g] for g in _judged(group)), key=lambda values: float(values.mean()))
     return float(worst.mean()), _standard_error(float(worst.mean()), len(worst))
 
 
