@@ -176,7 +176,10 @@ def test_rebalancing_draws_inferred_groups_alike():
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             seen.append(batch[2])
 
-    _fit(MemorizationRemover(), epochs=20, callbacks=[Count()])
+    loaders = _loaders()
+    own = loaders["train_dataloaders"].batch_sampler.sampler
+    _fit(MemorizationRemover(), epochs=20, callbacks=[Count()], loaders=loaders)
+    assert loaders["train_dataloaders"].batch_sampler.sampler is own  # the user's loader is as it was
     share = torch.bincount(torch.cat(seen), minlength=4).float() / len(torch.cat(seen))
     natural = torch.bincount(TRAIN.tensors[2]).float() / len(TRAIN)
     assert natural.min() < 0.07
@@ -332,6 +335,13 @@ def test_timm_classifiers(name):
     module.eval()
     with torch.no_grad():
         assert torch.allclose(remover.export(module)(x), module(x), atol=1e-5)
+
+
+def test_other_data_needs_a_new_callback():
+    remover = MemorizationRemover()
+    _fit(remover, epochs=1)
+    with pytest.raises(ValueError, match="the data changed"):
+        _fit(remover, epochs=1, loaders=_loaders(val=TEST))
 
 
 def test_stopped_early_still_removes():

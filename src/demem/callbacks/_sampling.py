@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -39,7 +39,9 @@ class ReweightedSampler(Sampler[int]):
         return iter(drawn[self.rank :: self.world].tolist())
 
 
-def reweight(loader: DataLoader[Any], positions: Tensor, weights: Tensor, trainer: pl.Trainer, seed: int) -> bool:
+def reweight(
+    loader: DataLoader[Any], positions: Tensor, weights: Tensor, trainer: pl.Trainer, seed: int
+) -> Callable[[], None] | None:
     """Put a :class:`ReweightedSampler` in the loader's batch sampler, from the next epoch's iterator on.
 
     Args:
@@ -50,18 +52,20 @@ def reweight(loader: DataLoader[Any], positions: Tensor, weights: Tensor, traine
         seed: see :class:`ReweightedSampler`.
 
     Returns:
-        False, with nothing changed, if the loader does not shuffle by a sampler that is known (a sampler of the user's
-        own is not overruled).
+        A function that puts the loader's own sampler back; or ``None``, with nothing changed, if the loader does not
+        shuffle by a sampler that is known (a sampler of the user's own is not overruled).
     """
-    batches = loader.batch_sampler
+    batches: Any = loader.batch_sampler
     sampler = getattr(batches, "sampler", None)
-    if isinstance(sampler, ReweightedSampler):
-        return True
     if type(sampler) not in (RandomSampler, DistributedSampler) or not getattr(sampler, "shuffle", True):
-        return False
+        return None
     everything = torch.full((len(loader.dataset),), float(weights.mean()), dtype=torch.float64)  # type: ignore[arg-type]
     everything[positions] = weights.double()
     replacement = ReweightedSampler(everything, len(sampler), trainer.global_rank, trainer.world_size, seed)  # type: ignore[arg-type]
     replacement.set_epoch(trainer.current_epoch)
-    batches.sampler = replacement  # type: ignore[union-attr]
-    return True
+    batches.sampler = replacement
+
+    def undo() -> None:
+        batches.sampler = sampler
+
+    return undo

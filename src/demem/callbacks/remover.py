@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -19,7 +19,7 @@ from demem.linear import LinearHead, balanced_weights, fit_linear
 from demem.removal import MASKED_SHARES, Examples, best_round, remove_in_rounds
 from demem.removal.rounds import SMOOTHING
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
-from demem.tracing.shortcut import ShortcutProbe, find_shortcut
+from demem.tracing.shortcut import find_shortcut
 
 _NOTHING = torch.empty(0, dtype=torch.long)
 
@@ -116,6 +116,7 @@ class MemorizationRemover(Callback):
         # Inferred (or, held out and with use_groups, true) groups of the examples that were read, in data set order.
         self._train_groups, self._held_out_groups, self._train_positions = _NOTHING, _NOTHING, _NOTHING
         self._removed_at_step = -1
+        self._undo: Callable[[], None] | None = None  # puts the training loader's own sampler back
 
     @property
     def state_key(self) -> str:
@@ -165,8 +166,11 @@ class MemorizationRemover(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.rebalance or _is_dry_run(trainer):
             return
+        # Anew every epoch, for loaders that are reloaded between epochs.
+        self._restore_sampler()
         known = balanced_weights(self._train_groups, SMOOTHING)
-        if not reweight(train_loader(trainer), self._train_positions, known, trainer, self.seed):
+        self._undo = reweight(train_loader(trainer), self._train_positions, known, trainer, self.seed)
+        if self._undo is None:
             warnings.warn(
                 "MemorizationRemover does not rebalance: the training DataLoader has a sampler of its own or does not "
                 "shuffle. Use shuffle=True, or rebalance=False to silence this.",
@@ -192,6 +196,17 @@ class MemorizationRemover(Callback):
                 "trainer.save_checkpoint(path).",
                 stacklevel=2,
             )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore_sampler()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore_sampler()
+
+    def _restore_sampler(self) -> None:
+        if self._undo is not None:
+            self._undo()
+        self._undo = None
 
     def _make_gates(self, pl_module: pl.LightningModule) -> None:
         if self._gates is None or all(m is not self._site.module for m in pl_module.modules()):
@@ -232,11 +247,8 @@ class MemorizationRemover(Callback):
         self._train_groups = trainer.strategy.broadcast(train_groups.cpu())
         self._held_out_groups = trainer.strategy.broadcast(held_out_groups.cpu())
         self._train_positions = positions.cpu()
-        self._describe(probe)
-
-    def _describe(self, probe: ShortcutProbe) -> None:
-        counts = torch.bincount(self._train_groups)
-        self.probe = {"site": probe.site, "error": probe.error, "groups": counts.tolist()}
+        counts = torch.bincount(self._train_groups).tolist()
+        self.probe = {"site": probe.site, "error": probe.error, "groups": counts}
 
     def _probe_sites(self, pl_module: pl.LightningModule) -> list[Site]:
         if self.probe_layers is not None:
@@ -257,6 +269,11 @@ class MemorizationRemover(Callback):
             (held_out_loader(trainer), self._held_out_groups),
         ):
             features, y, _, _ = self._read(trainer, pl_module, loader, [site], "tracing")
+            if len(y) != len(group):
+                raise ValueError(
+                    f"{len(y)} examples were read where {len(group)} were seen when training began: the data changed. "
+                    "Use a new MemorizationRemover for other data."
+                )
             sets.append(Examples(features[site.name].float(), y, group.to(y.device)))
         rounds = remove_in_rounds(
             *sets,
