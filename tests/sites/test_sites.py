@@ -237,6 +237,18 @@ def test_compiled_model_is_read_and_gated():
         assert torch.equal(compiled(x), before)
 
 
+def test_readers_that_overlap_leave_the_fast_path_as_it_was():
+    model = nn.Sequential(nn.Linear(3, 3))
+    first, second = (ActivationReader(find_sites(model, "0")) for _ in range(2))
+    before = torch.backends.mha.get_fastpath_enabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__()
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
 @pytest.mark.parametrize("mode", ["reader", "gates"])
 def test_transformer_fast_path_does_not_hide_layers(mode):
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()

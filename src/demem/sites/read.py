@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -52,17 +52,32 @@ def reduce_activation(site: Site, activation: Tensor, reduce: Reduce = "auto") -
     raise ValueError(f"Unknown reduction {reduce!r}; use auto, mean, max, first_token or positions.")
 
 
+_eager: list[ExitStack] = []  # empty outside, one entry inside; two monitors may leave in the order they came
+_eager_users = 0
+
+
 @contextmanager
 def eager() -> Iterator[None]:
-    """Run compiled modules as plain ones, and attention without its fused fast path, so that hooks inside them run."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    set_stance = getattr(torch.compiler, "set_stance", None)  # torch ≥ 2.6
-    torch.backends.mha.set_fastpath_enabled(False)
+    """Run compiled modules as plain ones, and attention without its fused fast path, so that hooks inside them run.
+
+    Uses may overlap in any order; the last one to leave restores what the first one found.
+    """
+    global _eager_users
+    if _eager_users == 0:
+        stack = ExitStack()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        set_stance = getattr(torch.compiler, "set_stance", None)  # torch ≥ 2.6
+        if set_stance is not None:
+            stack.enter_context(set_stance("force_eager"))
+        _eager.append(stack)
+    _eager_users += 1
     try:
-        with set_stance("force_eager") if set_stance is not None else nullcontext():
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+        _eager_users -= 1
+        if _eager_users == 0:
+            _eager.pop().close()
 
 
 class ActivationReader:
