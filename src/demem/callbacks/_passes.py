@@ -25,9 +25,7 @@ def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
     """
     if trainer.val_dataloaders is None and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    loaders = trainer.val_dataloaders
-    loader = next(iter(loaders.values())) if isinstance(loaders, dict) and loaders else loaders
-    loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
+    loader = _first_loader(trainer.val_dataloaders)
     if not isinstance(loader, DataLoader) or trainer.limit_val_batches == 0:
         raise ValueError(
             "demem needs held-out examples: give the Trainer a validation DataLoader (and do not set "
@@ -42,14 +40,17 @@ def train_loader(trainer: pl.Trainer) -> DataLoader[Any]:
     Raises:
         ValueError: it is not a ``DataLoader``.
     """
-    loader = trainer.train_dataloader
-    if isinstance(loader, dict) and loader:
-        loader = next(iter(loader.values()))
-    if isinstance(loader, list | tuple) and loader:
-        loader = loader[0]
+    loader = _first_loader(trainer.train_dataloader)
     if not isinstance(loader, DataLoader):
         raise ValueError(f"demem needs a training DataLoader to read in order, got {type(loader).__name__}.")
     return loader
+
+
+def _first_loader(loaders: Any) -> Any:
+    """The first of what a trainer holds: a loader, or a dict or list of loaders."""
+    if isinstance(loaders, dict) and loaders:
+        loaders = next(iter(loaders.values()))
+    return loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
 
 
 @contextmanager
