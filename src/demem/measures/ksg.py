@@ -16,7 +16,7 @@ from demem.measures.binning import Activations, as_sites, side_by_side
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
-_PAIRS = 6  # worked on at once: what they touch stays in the second-level cache
+_PAIRS = 16  # worked on at once: large enough that threads seldom wait for the interpreter, small enough for the cache
 _MAX_FAST_K = 5
 _MIN_FAST_SAMPLES = 500
 

@@ -95,7 +95,7 @@ def _ablate_site(
 ) -> Tensor:
     """Logits ``(U, B, C)``."""
     parts = []
-    at_once = max(1, max_rows // len(batch.y)) if restart else 1
+    at_once = max(1, restart.rows_at_once(site, max_rows) // len(batch.y)) if restart else 1
     for chunk in torch.split(units.to(batch.y.device), at_once):
         mean = None if centre is None else centre[chunk]
         if restart is not None:

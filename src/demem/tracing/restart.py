@@ -67,6 +67,9 @@ _ADDS: set[Any] = {operator.add, operator.iadd, torch.add}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+_CACHE = 2**24  # bytes of one value for all rows at once
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, leaves: set[nn.Module]) -> None:
         super().__init__()
@@ -123,6 +126,15 @@ class Restart:
         if not isinstance(value, Tensor):
             raise CannotRestart(f"Site {site.name!r} does not hold one tensor.")
         return value
+
+    def rows_at_once(self, site: Site, limit: int) -> int:
+        """How many rows to compute together, at most ``limit``: on a CPU so many that the widest value after the site
+        stays in the cache."""
+        if self.site_value(site).device.type != "cpu":
+            return limit
+        after = [self._kept[node] for node in self._after[self._node_of[site.name, site.side]]]
+        widest = max((v.numel() * v.element_size() // self._size for v in after if isinstance(v, Tensor)), default=1)
+        return max(1, min(limit, _CACHE // max(1, widest)))
 
     def ablated(self, site: Site, units: Tensor, centre: Tensor | None) -> Tensor:
         """Logits ``(U, B, C)`` with each of ``units (U,)`` in turn set to ``centre (U, channels_per_unit)`` or zero."""
@@ -223,7 +235,9 @@ class Restart:
                 for n, v in widened.items():
                     if n in state:
                         state[n] = v  # type: ignore[index]
-                result = self._wide_call(node, widened, rows)  # type: ignore[arg-type]
+                result = self._overwrite(node, widened, state, last_use)  # type: ignore[arg-type]
+                if result is None:
+                    result = self._wide_call(node, widened, rows)  # type: ignore[arg-type]
             if isinstance(result, Narrow) and result.value.dtype != self._kept[node].dtype:
                 result = result._replace(value=result.value.to(self._kept[node].dtype))
             state[node] = result
@@ -267,6 +281,24 @@ class Restart:
                 return value[rows.example]
             return value.reshape(self._size, scale, *value.shape[1:])[rows.example].flatten(0, 1)
         return scale * len(rows.unit)
+
+    def _overwrite(
+        self, node: fx.Node, local: dict[fx.Node, Any], state: dict[fx.Node, Any], last_use: dict[fx.Node, fx.Node]
+    ) -> Any:
+        """The result of an in-place layer on a value that nothing else will read, else ``None``."""
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return None
+        source = node.args[0]
+        module = self.modules[str(node.target)]
+        if not getattr(module, "inplace", False) or last_use.get(source) is not node:  # type: ignore[arg-type]
+            return None
+        value = local.get(source)  # type: ignore[arg-type]
+        if not isinstance(value, Tensor) or source not in state:
+            return None
+        where = value.untyped_storage().data_ptr()
+        others = [v.value if isinstance(v, Narrow) else v for n, v in state.items() if n is not source]
+        shared = any(isinstance(v, Tensor) and v.untyped_storage().data_ptr() == where for v in others)
+        return None if shared else module(value)
 
     def _wide_call(self, node: fx.Node, local: dict[fx.Node, Any], rows: Rows) -> Any:
         if node.op == "call_module" and not node.kwargs and len(node.args) == 1 and node.args[0] in local:
