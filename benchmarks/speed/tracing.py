@@ -85,14 +85,14 @@ def ablation(settings: argparse.Namespace, model: nn.Module, sites: list[Site], 
                 "loop": _timed(lambda s=site, u=reference_on, f=found: f.update(loop=plain_loop(model, s, u, batch))),
                 "captum": _timed(lambda s=site, u=reference_on: captum_ablation(model, s, u, batch)),
             }
-            # captum also runs the network once as it is and once with all other channels ablated together
+            # Both also run the network once as it is, captum once more with all other channels ablated together.
             seconds["ours"] += spent["ours"] * count / len(ours_on)
-            seconds["loop"] += spent["loop"] * count / len(reference_on)
+            seconds["loop"] += spent["loop"] * count / (len(reference_on) + 1)
             seconds["captum"] += spent["captum"] * count / (len(reference_on) + 2)
             difference = found[site.name][:, : len(reference_on)] - found["loop"]
             error, largest = max(error, float(difference.abs().max())), max(largest, float(found["loop"].abs().max()))
             if round_ == 0:
-                ratio = spent["loop"] / len(reference_on) / (spent["ours"] / len(ours_on))
+                ratio = spent["loop"] / (len(reference_on) + 1) / (spent["ours"] / len(ours_on))
                 rows.append({"what": "ablation_site", "site": site.name, "units": count, "ratio": ratio})
         for name, value in seconds.items():
             per_round[name].append(value)
