@@ -2,7 +2,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from demem.linear import balanced_weights, crossfit_logits, fit_linear, folds
+from demem.linear import balanced_weights, crossfit_logits, fit_balanced, fit_linear, folds
 
 
 def _problem(n=200, d=6, classes=3, seed=0):
@@ -65,6 +65,53 @@ def test_folds_cover_everything_once_and_split_classes_evenly():
     assert (masks[:, y == 1].sum(1) == 2).all()
     with pytest.raises(ValueError, match="two examples of every class"):
         list(folds(torch.tensor([0, 0, 0, 1]), 3))
+
+
+def test_folds_split_groups_evenly():
+    y = torch.tensor([0] * 50 + [1] * 10)
+    group = torch.cat([torch.arange(50) % 5 == 0, torch.ones(10)]).long() + y
+    masks = torch.stack(list(folds(y, 5, group=group)))
+    for g in group.unique():
+        assert (masks[:, group == g].sum(1) == int((group == g).sum()) // 5).all()
+
+
+def test_fit_balanced_is_the_mean_of_heads_on_balanced_subsets(monkeypatch):
+    x, y = _problem(120, classes=2)
+    group = 2 * y + (torch.arange(120) % 4 == 0)
+    counts, heads = [], []
+
+    def spy(features, labels, *arguments):
+        rows = [(x == row).all(1).nonzero()[0, 0] for row in features]
+        counts.append(torch.bincount(group[torch.stack(rows)], minlength=4).tolist())
+        heads.append(fit_linear(features, labels, *arguments))
+        return heads[-1]
+
+    monkeypatch.setattr("demem.linear.fit_linear", spy)
+    head = fit_balanced(x, y, group, subsets=3)
+    smallest = int(torch.bincount(group).min())
+    assert counts == [[smallest] * 4] * 3
+    assert torch.allclose(head.weight, sum(h.weight for h in heads) / 3)
+    assert torch.allclose(head.bias, sum(h.bias for h in heads) / 3)
+    counts.clear()
+    fit_balanced(x, y, group, subsets=1, smallest=1000)
+    assert counts == [torch.bincount(group).tolist()]  # a group that has fewer gives all
+
+
+def test_fit_balanced_does_not_lean_against_a_small_group():
+    """With weights the few examples are fitted by heart, and new ones of their class are taken for the other."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(counts):
+        y = torch.arange(2).repeat_interleave(torch.tensor(counts))
+        return torch.randn(len(y), 100, generator=generator) + (2.0 * y[:, None] - 1) * 0.15, y
+
+    x, y = draw([400, 20])
+    test, test_y = draw([1000, 1000])
+    accuracy = [
+        float((head(test).argmax(1) == test_y)[test_y == 1].float().mean())
+        for head in (fit_linear(x, y, balanced_weights(y), 1e-4), fit_balanced(x, y, y, 1e-4))
+    ]
+    assert accuracy[1] > accuracy[0] + 0.1
 
 
 def test_balanced_weights():

@@ -100,8 +100,46 @@ def balanced_weights(key: Tensor, smoothing: float = 0.0) -> Tensor:
     return (1.0 / (counts + smoothing * len(key)).clamp_min(1e-12))[key]
 
 
-def folds(y: Tensor, k: int, seed: int = 0) -> Iterator[Tensor]:
-    """``k`` disjoint boolean masks ``(S,)`` that cover everything, each class split evenly and at random.
+def fit_balanced(
+    features: Tensor,
+    y: Tensor,
+    group: Tensor,
+    l2: float = 1e-3,
+    num_classes: int | None = None,
+    subsets: int = 20,
+    smallest: int = 8,
+    seed: int = 0,
+) -> LinearHead:
+    """Mean of heads that are each fitted on a random subset with equally many examples of every group.
+
+    With weights instead, the examples of a small group are fitted closely again and again, and the head leans against
+    that group where the examples are new; a subset has no group that is easier to fit than the others.
+
+    Args:
+        features, y, l2, num_classes: see :func:`fit_linear`.
+        group: ``(S,)`` indices, true or inferred.
+        subsets: how many.
+        smallest: a subset has as many examples of each group as the smallest group has, but at least so many (groups
+            that have fewer give all).
+        seed: of the draws.
+
+    Source: Kirichenko et al. 2023, who average heads in this way for deep feature reweighting (with true groups).
+    """
+    classes = int(y.max()) + 1 if num_classes is None else num_classes
+    generator = torch.Generator().manual_seed(seed)
+    members = [(group == g).nonzero()[:, 0] for g in sorted(set(group.tolist()))]
+    size = max(smallest, min(len(m) for m in members))
+    heads = []
+    for _ in range(subsets):
+        drawn = [m[torch.randperm(len(m), generator=generator)[:size].to(m.device)] for m in members]
+        chosen = torch.cat(drawn)
+        heads.append(fit_linear(features[chosen], y[chosen], None, l2, classes))
+    weight, bias = (torch.stack(parts).mean(0) for parts in zip(*heads, strict=True))
+    return LinearHead(weight, bias)
+
+
+def folds(y: Tensor, k: int, seed: int = 0, group: Tensor | None = None) -> Iterator[Tensor]:
+    """``k`` disjoint boolean masks ``(S,)`` that cover everything, each class (and group) split evenly and at random.
 
     Raises:
         ValueError: a class has fewer than two examples, so it would be missing when its fold is left out.
@@ -110,7 +148,8 @@ def folds(y: Tensor, k: int, seed: int = 0) -> Iterator[Tensor]:
     if bool(((counts > 0) & (counts < 2)).any()):
         raise ValueError(f"Cross-fitting needs two examples of every class, got counts {counts.tolist()}.")
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
-    order = order[y[order].argsort(stable=True)]
+    for key in (y,) if group is None else (group, y):
+        order = order[key[order].argsort(stable=True)]
     fold = torch.empty_like(y)
     fold[order] = torch.arange(len(y), device=y.device) % k
     for i in range(k):

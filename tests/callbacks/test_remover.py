@@ -369,7 +369,6 @@ def test_deepcopy_and_dry_run():
     [
         (dict(shares=(0.5, 0.2)), "must grow"),
         (dict(atypical_share=0), "atypical_share"),
-        (dict(held_out_weight=2), "held_out_weight"),
         (dict(atypical="loss"), "atypical must be"),
     ],
 )

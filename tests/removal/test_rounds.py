@@ -1,8 +1,7 @@
 import pytest
 import torch
-from torch import nn
 
-from demem.removal import Examples, best_round, calibrate, remove_in_rounds, worst_group
+from demem.removal import Examples, best_round, remove_in_rounds, worst_group
 
 
 def _examples(n, share, seed, width=40):
@@ -17,54 +16,38 @@ def _examples(n, share, seed, width=40):
 
 def test_masks_the_spurious_units_and_lifts_the_worst_group():
     train, _ = _examples(2000, 0.98, 0)
-    held_out, group = _examples(600, 0.5, 1)
+    held_out, group = _examples(60, 0.5, 1)  # few: a head that reads all units fits their noise
     test, test_group = _examples(4000, 0.5, 2)
     held_out = held_out._replace(group=group)
-    rounds = remove_in_rounds(train, held_out, num_classes=2, shares=(0.25, 0.5, 0.9), held_out_weight=0.0)
+    rounds = remove_in_rounds(train, held_out, num_classes=2, shares=(0.25, 0.5, 0.9))
     before, _ = worst_group(rounds[0].head(test.features), test.y, test_group)
     half = rounds[2]
     assert int((half.gate[20:] == 0).sum()) >= 19  # the 20 spurious ones, or all but one
     after, _ = worst_group(half.head(test.features), test.y, test_group)
-    assert after > before + 0.2
-    assert best_round(rounds) in (1, 2)  # 90 % masks most of the class as well
+    assert after > before + 0.03
     for r, share in zip(rounds, (0, 0.25, 0.5, 0.9), strict=True):
         assert int((r.gate == 0).sum()) == round(share * 40)
         assert (r.head.weight[:, r.gate == 0] == 0).all()
     assert (rounds[1].gate >= rounds[2].gate).all()  # masks only grow
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
-def test_held_out_accuracy_is_judged_without_the_example(weight):
-    """Labels that nothing tells cannot be predicted, however much the held-out examples weigh in the fit."""
+def test_held_out_accuracy_is_judged_without_the_example():
+    """Labels that nothing tells cannot be predicted."""
     train, _ = _examples(100, 0.5, 0, width=200)
     generator = torch.Generator().manual_seed(3)
     y = torch.randint(0, 2, (120,), generator=generator)
     held_out = Examples(torch.randn(120, 200, generator=generator), y, torch.zeros_like(y))
-    rounds = remove_in_rounds(train, held_out, num_classes=2, shares=(), held_out_weight=weight, l2=1e-6)
+    rounds = remove_in_rounds(train, held_out, num_classes=2, shares=(), l2=1e-6)
     assert rounds[0].worst < 0.7
 
 
-def test_best_round_masks_least_among_equals():
+def test_best_round_masks_least_within_one_standard_error():
     train, _ = _examples(200, 0.9, 0)
     rounds = remove_in_rounds(train, train, num_classes=2, shares=(0.2, 0.4))
-    same = [r._replace(worst=w) for r, w in zip(rounds, (0.5, 0.7, 0.7), strict=True)]
+    same = [r._replace(worst=w, standard_error=0.1) for r, w in zip(rounds, (0.5, 0.65, 0.7), strict=True)]
     assert best_round(same) == 1
-
-
-@pytest.mark.parametrize("classes", [2, 4])
-def test_calibration_brings_the_groups_together(classes):
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randint(0, classes, (4000,), generator=generator)
-    fair = nn.functional.one_hot(y, classes) + 0.6 * torch.randn(4000, classes, generator=generator)
-    bias = torch.arange(classes) / classes
-
-    def worst(logits):
-        return min(float((logits.argmax(1) == y)[y == c].float().mean()) for c in range(classes))
-
-    shift = calibrate(fair - bias, y, y, classes)
-    assert worst(fair - bias) < worst(fair) - 0.1
-    assert worst(fair - bias + shift) > worst(fair) - 0.03
-    assert torch.equal(calibrate(fair, y, y, classes), torch.zeros(classes))  # as good as it gets: left alone
+    surer = [r._replace(standard_error=0.01) for r in same]
+    assert best_round(surer) == 2
 
 
 def test_worst_group_leaves_out_groups_too_small_to_judge():
@@ -82,8 +65,6 @@ def test_bad_input_is_refused():
         remove_in_rounds(train, one_class, num_classes=2)
     with pytest.raises(ValueError, match="must grow"):
         remove_in_rounds(train, train, num_classes=2, shares=(0.5, 0.2))
-    with pytest.raises(ValueError, match="held_out_weight"):
-        remove_in_rounds(train, train, num_classes=2, held_out_weight=2.0)
     broken = train._replace(features=train.features * torch.nan)
     with pytest.raises(ValueError, match="NaN"):
         remove_in_rounds(broken, train, num_classes=2)

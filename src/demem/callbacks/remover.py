@@ -53,8 +53,6 @@ class MemorizationRemover(Callback):
         atypical: the held-out examples that units are traced on: ``"group"``, those of inferred (with ``use_groups``,
             true) minority groups, or ``"margin"``, those with the lowest margins in each class.
         atypical_share: of each class, for ``"margin"``.
-        held_out_weight: weight of the held-out examples in the refit, against the training examples' 1 − that; 0 refits
-            on training examples alone.
         l2: of the refit, see :func:`demem.linear.fit_linear`.
         head: qualified name of the classification head (an ``nn.Linear``), should it not be found.
         max_examples: of the training set at most so many are read, evenly spaced; the others keep an average weight.
@@ -81,17 +79,16 @@ class MemorizationRemover(Callback):
         shares: Sequence[float] = MASKED_SHARES,
         atypical: Literal["group", "margin"] = "group",
         atypical_share: float = 0.2,
-        held_out_weight: float = 0.95,
         l2: float = 1e-3,
         head: str | None = None,
         max_examples: int = 200_000,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < atypical_share <= 1 or not 0 <= held_out_weight <= 1 or l2 <= 0 or max_examples < 1:
+        if not 0 < atypical_share <= 1 or l2 <= 0 or max_examples < 1:
             raise ValueError(
-                "atypical_share must be in (0, 1], held_out_weight in [0, 1], l2 above 0 and max_examples at least 1; "
-                f"got {atypical_share}, {held_out_weight}, {l2} and {max_examples}."
+                "atypical_share must be in (0, 1], l2 above 0 and max_examples at least 1; "
+                f"got {atypical_share}, {l2} and {max_examples}."
             )
         if atypical not in ("group", "margin"):
             raise ValueError(f"atypical must be 'group' or 'margin', got {atypical!r}.")
@@ -103,7 +100,6 @@ class MemorizationRemover(Callback):
         self.shares = tuple(float(s) for s in shares)
         self.atypical = atypical
         self.atypical_share = atypical_share
-        self.held_out_weight = held_out_weight
         self.l2 = l2
         self.head = head
         self.max_examples = max_examples
@@ -281,7 +277,6 @@ class MemorizationRemover(Callback):
             shares=self.shares,
             trace_on=self.atypical,
             atypical_share=self.atypical_share,
-            held_out_weight=self.held_out_weight,
             l2=self.l2,
         )
         chosen = trainer.strategy.broadcast(best_round(rounds))

@@ -8,12 +8,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from demem.linear import LinearHead, balanced_weights, crossfit_logits, fit_linear, folds
+from demem.linear import LinearHead, balanced_weights, fit_balanced, fit_linear, folds
 from demem.tracing import atypical_by_margin, linear_score, margins
 
 MASKED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.86, 0.9)
 # Keeps a group of a handful of examples (label noise) from ruling a balanced fit.
 SMOOTHING = 0.02
+JUDGED_SUBSETS = 5  # for each of the heads that only judge a round
 
 
 class Examples(NamedTuple):
@@ -53,7 +54,6 @@ def remove_in_rounds(
     shares: Sequence[float] = MASKED_SHARES,
     trace_on: Literal["group", "margin"] = "group",
     atypical_share: float = 0.2,
-    held_out_weight: float = 0.95,
     l2: float = 1e-3,
 ) -> list[Round]:
     r"""Trace, mask, refit; with more units masked every round.
@@ -61,8 +61,9 @@ def remove_in_rounds(
     Each round scores the units by their impact on the atypical held-out examples under a head that was fitted on the
     *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
     highest-scoring share, units masked before included, and refits.  The atypical examples are chosen once, before the
-    first mask.  The head that is kept is fitted on training and held-out examples together and calibrated
-    (:func:`calibrate`).  Every fit weighs all groups the same.
+    first mask.  The head that is kept is fitted on the held-out examples, group by group in equal numbers
+    (:func:`demem.linear.fit_balanced`): the training examples are fitted already, minority and all, and say little
+    about how the network meets new ones.
 
     Args:
         train: examples that the network was trained on.
@@ -73,8 +74,6 @@ def remove_in_rounds(
             in the training set; or ``"margin"`` (also where a class has no others), the ``atypical_share`` with the
             lowest margins in each class.
         atypical_share: see there.
-        held_out_weight: share of the held-out examples in the weight of the final fit; 0 fits it on the training
-            examples alone, 1 on the held-out ones alone.
         l2: see :func:`demem.linear.fit_linear`.
 
     Returns:
@@ -86,8 +85,6 @@ def remove_in_rounds(
     """
     if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
         raise ValueError(f"Masked shares must grow and lie in (0, 1), got {list(shares)}.")
-    if not 0 <= held_out_weight <= 1:
-        raise ValueError(f"held_out_weight must be in [0, 1], got {held_out_weight}.")
     missing = sorted(set(range(num_classes)) - set(held_out.y.tolist()))
     if missing:
         raise ValueError(
@@ -113,10 +110,8 @@ def remove_in_rounds(
             if trace_on == "margin" or len(set(held_out.y[atypical].tolist())) < num_classes:
                 logits = traced(held_out.features)
                 atypical = atypical_by_margin(margins(logits, held_out.y), held_out.y, atypical_share, num_classes)
-        head, judged = _refit(train, held_out, gate, traced, held_out_weight, l2, num_classes)
-        shift = calibrate(judged, held_out.y, held_out.group, num_classes)
-        head = LinearHead(head.weight, head.bias + shift)
-        rounds.append(Round(share, gate, head, score, *worst_group(judged + shift, held_out.y, held_out.group)))
+        head, judged = _refit(held_out, gate, l2, num_classes)
+        rounds.append(Round(share, gate, head, score, *worst_group(judged, held_out.y, held_out.group)))
     return rounds
 
 
@@ -127,48 +122,12 @@ def minority(train: Examples, held_out: Examples) -> Tensor:
 
 
 def best_round(rounds: Sequence[Round]) -> int:
-    """Index of the round with the highest worst-group accuracy on held-out examples; of equals the one that masks
-    least."""
-    return max(range(len(rounds)), key=lambda i: (rounds[i].worst, -i))
+    """Index of the first round whose worst-group accuracy on held-out examples is within a standard error of the best.
 
-
-def calibrate(logits: Tensor, y: Tensor, group: Tensor, num_classes: int, steps: int = 400) -> Tensor:
-    """Shift of the biases that brings the accuracies of the groups together.
-
-    A head that is fitted on few examples of a class leans against it where the examples are new.  From no shift on, the
-    bias of the class that the worst group belongs to is raised again and again, in steps of a hundredth of the logits'
-    spread.  Returned is the first shift whose worst-group accuracy is within one standard error of the best one met:
-    what a small set cannot tell apart is settled by the smaller change.
-
-    Args:
-        logits: ``(S, C)`` of examples that the head was not fitted on.
-        y: ``(S,)`` class indices.
-        group: ``(S,)``, true or inferred; the examples of a group are of one class.
-        num_classes: number of classes C.
-        steps: at most.
-
-    Returns:
-        ``(C,)`` to add to the bias.
+    What a small set cannot tell apart is settled by masking less (the one-standard-error rule of Breiman et al. 1984).
     """
-    groups = _judged(group)
-    members = torch.stack([group == g for g in groups]).float()
-    counts = members.sum(1)
-    owner = [int(y[group == g][0]) for g in groups]
-    size = float((logits - logits.mean(1, keepdim=True)).std()) / 100
-    shift = torch.zeros(num_classes, device=logits.device)
-    shifts: list[Tensor] = []
-    accuracies: list[tuple[float, int]] = []
-    for _ in range(steps):
-        accuracy = members @ ((logits + shift).argmax(1) == y).float() / counts
-        worst = int(accuracy.argmin())
-        shifts.append(shift.clone())
-        accuracies.append((float(accuracy[worst]), int(counts[worst])))
-        if len(accuracies) - accuracies.index(max(accuracies)) > 50:
-            break
-        shift[owner[worst]] += size
-    best, count = max(accuracies)
-    enough = best - _standard_error(best, count)
-    return next(s for s, (accuracy, _) in zip(shifts, accuracies, strict=True) if accuracy >= enough)
+    best = max(rounds, key=lambda r: r.worst)
+    return next(i for i, r in enumerate(rounds) if r.worst >= best.worst - best.standard_error)
 
 
 def _judged(group: Tensor, smallest: int = 5) -> list[int]:
@@ -191,30 +150,12 @@ def _standard_error(accuracy: float, count: int) -> float:
     return float((p * (1 - p) / (count + 4)) ** 0.5)
 
 
-def _refit(
-    train: Examples,
-    held_out: Examples,
-    gate: Tensor,
-    traced: LinearHead,
-    held_out_weight: float,
-    l2: float,
-    num_classes: int,
-) -> tuple[LinearHead, Tensor]:
+def _refit(held_out: Examples, gate: Tensor, l2: float, num_classes: int) -> tuple[LinearHead, Tensor]:
     """The final head of a round, and the logits of held-out examples from heads fitted without them."""
-    if held_out_weight == 0:
-        return traced, traced(held_out.features)
-    own = balanced_weights(held_out.group, SMOOTHING)
-    if held_out_weight == 1:
-        x = held_out.features * gate
-        head = fit_linear(x, held_out.y, own, l2, num_classes)
-        return head, crossfit_logits(x, held_out.y, own, l2, num_classes)
-    x = torch.cat([train.features, held_out.features]) * gate
-    y = torch.cat([train.y, held_out.y])
-    weights = balanced_weights(train.group, SMOOTHING)
-    weights = torch.cat([(1 - held_out_weight) * weights / weights.sum(), held_out_weight * own / own.sum()])
-    logits = torch.zeros(len(held_out.y), num_classes, device=x.device)
-    for left_out in folds(held_out.y, 5):
-        used = torch.cat([torch.ones_like(train.y, dtype=torch.bool), ~left_out])
-        head = fit_linear(x[used], y[used], weights[used], l2, num_classes)
-        logits[left_out] = head(held_out.features[left_out])
-    return fit_linear(x, y, weights, l2, num_classes), logits
+    x, y, group = held_out.features * gate, held_out.y, held_out.group
+    logits = torch.zeros(len(y), num_classes, device=x.device)
+    for left_out in folds(y, 5, group=group):
+        used = ~left_out
+        head = fit_balanced(x[used], y[used], group[used], l2, num_classes, subsets=JUDGED_SUBSETS)
+        logits[left_out] = head(x[left_out])
+    return fit_balanced(x, y, group, l2, num_classes), logits
