@@ -46,6 +46,7 @@ def test_best_round_masks_least_within_one_standard_error():
     rounds = remove_in_rounds(train, train, num_classes=2, shares=(0.2, 0.4))
     same = [r._replace(worst=w, standard_error=0.1) for r, w in zip(rounds, (0.5, 0.65, 0.7), strict=True)]
     assert best_round(same) == 1
+    assert best_round(same, tolerance=0) == 2
     surer = [r._replace(standard_error=0.01) for r in same]
     assert best_round(surer) == 2
 

@@ -33,9 +33,10 @@ class MemorizationRemover(Callback):
        group.
     2. *During training* examples are drawn so that the inferred groups of all classes count the same.
     3. *After the last step, before its validation* the units that the head reads are scored by their impact on atypical
-       held-out examples, masked in rounds, and the head is refitted with the layers below at rest
-       (:func:`demem.removal.remove_in_rounds`).  The round that is best on the worst inferred group of the held-out
-       examples stays.  Masking while the layers below still learn is undone by them; that is why it comes last.
+       held-out examples and masked in rounds.  In each, the head is refitted on the held-out examples, all inferred
+       groups in equal numbers, with the layers below at rest (:func:`demem.removal.remove_in_rounds`).  Of the rounds
+       that cannot be told from the best on the worst inferred group, the one that masks least stays; it may mask
+       nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.
 
     From then on validation, testing, checkpoints and prediction see the gated model.  The refitted head has the weight
     0 at masked units, so a checkpoint gives the same outputs without demem.
@@ -46,13 +47,14 @@ class MemorizationRemover(Callback):
     Args:
         rebalance: do step 2.  Needs a shuffling ``DataLoader`` without a sampler of your own.
         use_groups: the validation batches carry group labels that may be used: for the inferred groups of the training
-            set, the held-out weights and the choice of the round (tier T2 instead of T0).
+            set, the refit and the choice of the round (tier T2 instead of T0).
         probe_layers: patterns (:func:`demem.sites.find_sites`) of the layers to probe, shallow ones first; default what
             the first block or layer reads, and the outputs of blocks, stages or layers.
         shares: of the head's inputs that are masked, one a round, growing.
         atypical: the held-out examples that units are traced on: ``"group"``, those of inferred (with ``use_groups``,
             true) minority groups, or ``"margin"``, those with the lowest margins in each class.
         atypical_share: of each class, for ``"margin"``.
+        tolerance: in standard errors: how much worse than the best round one that masks less may be; 0 keeps the best.
         l2: of the refit, see :func:`demem.linear.fit_linear`.
         head: qualified name of the classification head (an ``nn.Linear``), should it not be found.
         max_examples: of the training set at most so many are read, evenly spaced; the others keep an average weight.
@@ -79,16 +81,17 @@ class MemorizationRemover(Callback):
         shares: Sequence[float] = MASKED_SHARES,
         atypical: Literal["group", "margin"] = "group",
         atypical_share: float = 0.2,
+        tolerance: float = 1.0,
         l2: float = 1e-3,
         head: str | None = None,
         max_examples: int = 200_000,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < atypical_share <= 1 or l2 <= 0 or max_examples < 1:
+        if not 0 < atypical_share <= 1 or not tolerance >= 0 or l2 <= 0 or max_examples < 1:
             raise ValueError(
-                "atypical_share must be in (0, 1], l2 above 0 and max_examples at least 1; "
-                f"got {atypical_share}, {l2} and {max_examples}."
+                "atypical_share must be in (0, 1], tolerance at least 0, l2 above 0 and max_examples at least 1; "
+                f"got {atypical_share}, {tolerance}, {l2} and {max_examples}."
             )
         if atypical not in ("group", "margin"):
             raise ValueError(f"atypical must be 'group' or 'margin', got {atypical!r}.")
@@ -100,6 +103,7 @@ class MemorizationRemover(Callback):
         self.shares = tuple(float(s) for s in shares)
         self.atypical = atypical
         self.atypical_share = atypical_share
+        self.tolerance = tolerance
         self.l2 = l2
         self.head = head
         self.max_examples = max_examples
@@ -279,7 +283,7 @@ class MemorizationRemover(Callback):
             atypical_share=self.atypical_share,
             l2=self.l2,
         )
-        chosen = trainer.strategy.broadcast(best_round(rounds))
+        chosen = trainer.strategy.broadcast(best_round(rounds, self.tolerance))
         gates[site.name] = trainer.strategy.broadcast(rounds[chosen].gate)
         _write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
         self.rounds = [{"share": r.share, "worst": r.worst, "chosen": i == chosen} for i, r in enumerate(rounds)]

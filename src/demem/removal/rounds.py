@@ -121,13 +121,14 @@ def minority(train: Examples, held_out: Examples) -> Tensor:
     return held_out.group != torch.tensor(largest, device=held_out.y.device)[held_out.y]
 
 
-def best_round(rounds: Sequence[Round]) -> int:
-    """Index of the first round whose worst-group accuracy on held-out examples is within a standard error of the best.
+def best_round(rounds: Sequence[Round], tolerance: float = 1.0) -> int:
+    """Index of the first round whose worst-group accuracy on held-out examples is within ``tolerance`` standard errors
+    of the best.
 
     What a small set cannot tell apart is settled by masking less (the one-standard-error rule of Breiman et al. 1984).
     """
     best = max(rounds, key=lambda r: r.worst)
-    return next(i for i, r in enumerate(rounds) if r.worst >= best.worst - best.standard_error)
+    return next(i for i, r in enumerate(rounds) if r.worst >= best.worst - tolerance * best.standard_error)
 
 
 def _judged(group: Tensor, smallest: int = 5) -> list[int]:
