@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from demem.linear import LinearHead, balanced_weights, fit_linear
-
-balanced = balanced_weights
+from demem.linear import LinearHead, fit_linear
 
 
 def fit_head(z: Tensor, y: Tensor, weights: Tensor | None = None, l2: float = 0.1, num_classes: int = 2) -> LinearHead:

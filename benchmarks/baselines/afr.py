@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Features, Method, Outcome
-from benchmarks.heads import balanced, worst_accuracy
+from benchmarks.heads import worst_accuracy
+from demem.linear import balanced_weights
 
 GAMMA = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0)
 PULL = (0.0, 0.1, 0.3)
@@ -50,7 +51,7 @@ def _descend(
 ) -> tuple[float, tuple[Tensor, Tensor], int]:
     z, y = features.z["val"], features.y["val"]  # the slice held out from the training set
     right = torch.softmax(z @ features.weight.T + features.bias, 1).gather(1, y[:, None])[:, 0]
-    mu = balanced(y) * torch.exp(-gamma * right)
+    mu = balanced_weights(y) * torch.exp(-gamma * right)
     mu = mu / mu.sum()
     # The step of gradient descent that no scale of the features can make diverge: 1 / (largest curvature).
     scaled = torch.cat([z, torch.ones(len(z), 1)], 1) * mu.sqrt()[:, None]

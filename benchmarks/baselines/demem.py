@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from benchmarks.experiment import Experiment, Method, Outcome, Run
-from benchmarks.heads import balanced, fit_head
+from benchmarks.heads import fit_head
 from demem.callbacks import MemorizationRemover
+from demem.linear import balanced_weights
 from demem.tracing import atypical_by_margin, linear_impact, margins
 
 
@@ -36,7 +37,10 @@ def unit_map(run: Run) -> list[dict[str, Any]]:
     features = run.features
     z, y = features.z["val"], features.y["val"]
     weight, bias = fit_head(
-        features.z["train"], features.y["train"], balanced(features.y["train"]), num_classes=len(features.weight)
+        features.z["train"],
+        features.y["train"],
+        balanced_weights(features.y["train"]),
+        num_classes=len(features.weight),
     )
     logits = z @ weight.T + bias
     impact = linear_impact(z, weight, y, logits=logits)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Features, Method, Outcome
-from benchmarks.heads import balanced, fit_head, halves, worst_accuracy
+from benchmarks.heads import fit_head, halves, worst_accuracy
+from demem.linear import balanced_weights
 
 L2 = (0.03, 0.1, 0.3, 1.0, 3.0)
 C = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
@@ -39,11 +40,13 @@ def _weighted(experiment: Experiment, features: Features, key: Tensor) -> Outcom
     first, second = halves(key, experiment.seed)
 
     def score(l2: float) -> float:
-        weight, bias = fit_head(z[first], y[first], balanced(key[first]), l2, classes)
+        weight, bias = fit_head(z[first], y[first], balanced_weights(key[first]), l2, classes)
         return worst_accuracy((z[second] @ weight.T + bias).argmax(1), y[second], key[second])
 
     l2 = max(L2, key=score)
-    return features.outcome(fit_head(z, y, balanced(key), l2, classes), {"l2": l2, "head_on": experiment.held_out})
+    return features.outcome(
+        fit_head(z, y, balanced_weights(key), l2, classes), {"l2": l2, "head_on": experiment.held_out}
+    )
 
 
 def dfr(experiment: Experiment) -> Outcome:

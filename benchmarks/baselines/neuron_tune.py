@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Method, Outcome
-from benchmarks.heads import balanced, fit_head, halves, worst_accuracy
+from benchmarks.heads import fit_head, halves, worst_accuracy
+from demem.linear import balanced_weights
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -43,7 +44,7 @@ def _neuron_tune(experiment: Experiment, tune_on: str) -> Outcome:
     for share in SHARES if bool(torch.isfinite(scores).any()) else ():
         keep = torch.ones_like(scores)
         keep[scores.topk(round(share * len(scores))).indices] = 0.0
-        weight, bias = fit_head(tune_z * keep, tune_y, balanced(tune_y), num_classes=len(features.weight))
+        weight, bias = fit_head(tune_z * keep, tune_y, balanced_weights(tune_y), num_classes=len(features.weight))
         worst = worst_accuracy((z[second] @ (weight * keep).T + bias).argmax(1), y[second], y[second])
         if worst > best[0]:
             best = (worst, (weight * keep, bias), share)

@@ -9,8 +9,9 @@ from benchmarks.baselines.neuron_tune import wrong_minus_right
 from benchmarks.baselines.silent_majority import largest_gradient_channels, nt_xent, smallest_weights
 from benchmarks.baselines.training_groups import GroupDROLoss
 from benchmarks.experiment import TASKS, Experiment, Settings, judge
-from benchmarks.heads import balanced, fit_head, halves, worst_accuracy
+from benchmarks.heads import fit_head, halves, worst_accuracy
 from demem.batch import Batch
+from demem.linear import balanced_weights
 from demem.module import Classifier
 
 
@@ -24,7 +25,7 @@ def test_every_arm_states_its_tier_and_rule():
 def test_head_is_the_regularised_optimum():
     torch.manual_seed(0)
     z, y = torch.randn(80, 5) * 3 + 1, torch.randint(3, (80,))
-    weights = balanced(y)
+    weights = balanced_weights(y)
     weight, bias = (p.double().requires_grad_() for p in fit_head(z, y, weights, 0.1, 3))
     std = z.std(0).double()
     losses = F.cross_entropy(z.double() @ weight.T + bias, y, reduction="none")
