@@ -304,43 +304,51 @@ def _diversity(out: Path, rows: list[Row]) -> Path | None:
 
 
 def _units(out: Path, rows: list[Row]) -> Path | None:
-    """The unit map: mean impact of each unit on typical against atypical held-out examples."""
-    if not rows:
+    """The unit map: mean impact of each unit on typical against atypical held-out examples, before and after."""
+    panels = _first_seeds(rows)
+    if not panels:
         return None
-    panels: dict[str, list[Row]] = {}
-    for row in rows:
-        key = f"{row['data']}: {row['method']} {row['tier']}"
-        if not panels.get(key) or panels[key][0]["seed"] == row["seed"]:
-            panels.setdefault(key, []).append(row)
-    figure, axes = _panels(len(panels), width=4.2)
-    for axis, (name, these) in zip(axes, panels.items(), strict=True):
+    views = [(name, these, after) for name, these in panels.items() for after in ("", "_after")]
+    figure, axes = _panels(len(views), width=4.2)
+    for axis, (name, these, after) in zip(axes, views, strict=True):
         for gated, color, label in ((False, "C0", "kept"), (True, "C3", "gated")):
-            points = [(r["typical"], r["atypical"]) for r in these if bool(r.get("gated")) is gated]
+            points = [(r[f"typical{after}"], r[f"atypical{after}"]) for r in these if bool(r.get("gated")) is gated]
             if points:
                 axis.scatter(*zip(*points, strict=True), s=6, c=color, alpha=0.6, label=label)
         axis.axhline(0, color="0.7", lw=0.6)
         axis.axvline(0, color="0.7", lw=0.6)
         axis.set(
-            title=name, xlabel="impact on typical examples (logits)", ylabel="impact on atypical examples (logits)"
+            title=f"{name}, {'after' if after else 'before'}",
+            xlabel="impact on typical examples (logits)",
+            ylabel="impact on atypical examples (logits)",
         )
         axis.legend(fontsize=6)
     return _save(figure, out / "unit_map.png")
 
 
 def _rounds(out: Path, rows: list[Row]) -> Path | None:
-    """The score by which demem chooses its round, against the share of units that is masked; first seed of each arm."""
-    panels: dict[str, list[Row]] = {}
-    for row in rows:
-        key = f"{row['data']}: {row['method']} {row['tier']}"
-        if not panels.get(key) or panels[key][0]["seed"] == row["seed"]:
-            panels.setdefault(key, []).append(row)
+    """Worst group against the share of units that is masked: on held-out examples, which choose, and on test."""
+    panels = _first_seeds(rows)
     if not panels:
         return None
     figure, axes = _panels(len(panels), width=4.2)
     for axis, (name, these) in zip(axes, panels.items(), strict=True):
-        points = sorted((100 * r["share"], 100 * r["worst"], bool(r["chosen"])) for r in these)
-        axis.plot([p[0] for p in points], [p[1] for p in points], "o-", markersize=4, color="C1")
-        axis.plot(*[[p[i] for p in points if p[2]] for i in (0, 1)], "k*", markersize=12, label="chosen")
-        axis.set(title=name, xlabel="units masked, %", ylabel="worst group, held-out, %")
+        points = sorted((100 * r["share"], 100 * r["worst"], 100 * r["test_worst"], bool(r["chosen"])) for r in these)
+        shares, held_out, test, chosen = zip(*points, strict=True)
+        axis.plot(shares, held_out, "o-", markersize=4, color="C1", label="held-out, groups as inferred or given")
+        axis.plot(shares, test, "s--", markersize=4, color="C0", label="test, true groups")
+        at = chosen.index(True)
+        axis.plot(shares[at], held_out[at], "k*", markersize=12, label="chosen")
+        axis.set(title=name, xlabel="units masked, %", ylabel="worst group, %")
         axis.legend(fontsize=6)
     return _save(figure, out / "rounds.png")
+
+
+def _first_seeds(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each arm's first seed, by the arm's title."""
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        key = f"{row['data']}: {row['method']} {row['tier']}, {row['held_out']}"
+        if not panels.get(key) or panels[key][0]["seed"] == row["seed"]:
+            panels.setdefault(key, []).append(row)
+    return panels
