@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,10 +46,10 @@ def test_held_out_accuracy_is_judged_without_the_example():
 def test_best_round_masks_least_within_one_standard_error():
     train, _ = _examples(200, 0.9, 0)
     rounds = remove_in_rounds(train, train, num_classes=2, shares=(0.2, 0.4))
-    same = [r._replace(worst=w, standard_error=0.1) for r, w in zip(rounds, (0.5, 0.65, 0.7), strict=True)]
+    same = [replace(r, worst=w, standard_error=0.1) for r, w in zip(rounds, (0.5, 0.65, 0.7), strict=True)]
     assert best_round(same) == 1
     assert best_round(same, tolerance=0) == 2
-    surer = [r._replace(standard_error=0.01) for r in same]
+    surer = [replace(r, standard_error=0.01) for r in same]
     assert best_round(surer) == 2
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,25 +27,31 @@ class Examples(NamedTuple):
     group: Tensor
 
 
-class Round(NamedTuple):
+@dataclass(frozen=True)
+class Round:
     """One round of removal.
 
     Attributes:
         share: of the units that are masked.
         gate: ``(N,)``, 0 for a masked unit and 1 for a kept one.
-        head: refitted on the kept units (weight 0 on the masked ones).
         score: ``(N,)`` memorization score of every unit, measured before this round's mask; zeros in round 0.
         worst: accuracy on the worst (true or inferred) group of the held-out examples, each judged by a head that was
             fitted without it.
         standard_error: of ``worst``.
+        refit: fits the round's head.
     """
 
     share: float
     gate: Tensor
-    head: LinearHead
     score: Tensor
     worst: float
     standard_error: float
+    refit: Callable[[], LinearHead]
+
+    @cached_property
+    def head(self) -> LinearHead:
+        """Refitted on the kept units (weight 0 on the masked ones); at the first look, as most rounds are not kept."""
+        return self.refit()
 
 
 def remove_in_rounds(
@@ -110,8 +118,7 @@ def remove_in_rounds(
             if trace_on == "margin" or len(set(held_out.y[atypical].tolist())) < num_classes:
                 logits = traced(held_out.features)
                 atypical = atypical_by_margin(margins(logits, held_out.y), held_out.y, atypical_share, num_classes)
-        head, judged = _refit(held_out, gate, l2, num_classes)
-        rounds.append(Round(share, gate, head, score, *worst_group(judged, held_out.y, held_out.group)))
+        rounds.append(_judge(share, gate, score, held_out, l2, num_classes))
     return rounds
 
 
@@ -151,12 +158,15 @@ def _standard_error(accuracy: float, count: int) -> float:
     return float((p * (1 - p) / (count + 4)) ** 0.5)
 
 
-def _refit(held_out: Examples, gate: Tensor, l2: float, num_classes: int) -> tuple[LinearHead, Tensor]:
-    """The final head of a round, and the logits of held-out examples from heads fitted without them."""
+def _judge(share: float, gate: Tensor, score: Tensor, held_out: Examples, l2: float, num_classes: int) -> Round:
     x, y, group = held_out.features * gate, held_out.y, held_out.group
     logits = torch.zeros(len(y), num_classes, device=x.device)
     for left_out in folds(y, 5, group=group):
         used = ~left_out
         head = fit_balanced(x[used], y[used], group[used], l2, num_classes, subsets=JUDGED_SUBSETS)
         logits[left_out] = head(x[left_out])
-    return fit_balanced(x, y, group, l2, num_classes), logits
+
+    def refit() -> LinearHead:  # masks anew: a masked copy of the features for each round would be much to keep
+        return fit_balanced(held_out.features * gate, y, group, l2, num_classes)
+
+    return Round(share, gate, score, *worst_group(logits, y, group), refit)
