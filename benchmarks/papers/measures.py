@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--mi-units", type=int, default=192, help="units in the KSG matrix, drawn with the seed")
     parser.add_argument("--mi-samples", type=int, default=2_500)
     parser.add_argument("--waterbirds-epochs", type=int, default=10)
+    parser.add_argument("--per-group", type=int, default=400, help="Waterbirds images of a group and split, at most")
     parser.add_argument("--cache", type=Path, help="folder for Waterbirds' frozen-layer outputs")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 weights (default: below --data-root)")
     settings = parser.parse_args(argv)
@@ -332,22 +333,22 @@ def waterbirds_epochs(seed: int, settings: argparse.Namespace) -> dict[str, Any]
     from demem.callbacks import ActivationDiversityMonitor
 
     class Groups(pl.Callback):
-        """Accuracy by group on training and test data after each epoch."""
+        """Accuracy by group on training, validation and test data after each epoch."""
 
         def __init__(self) -> None:
             self.rows: list[dict[str, list[float]]] = []
 
         def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             data = trainer.datamodule
-            loaders = {
-                "train": data.train_eval_dataloader(),
-                "test": data.test_dataloader(),
-                "val": data.val_dataloader(),
-            }
+            splits = {"train": data.train_eval_dataset, "val": data.val_dataset, "test": data.test_dataset}
             row = {}
-            for split, loader in loaders.items():
-                counts = [group_accuracy_update(pl_module(x), y, group, data.num_groups) for x, y, group in loader]
-                correct, total = (sum(c) for c in zip(*counts, strict=True))
+            for split, dataset in splits.items():
+                few = _few_of_each_group(dataset.group, settings.per_group)
+                correct, total = 0, 0
+                for part in few.split(256):
+                    x, y, group = dataset.rows(part)
+                    counts = group_accuracy_update(pl_module(x), y, group, data.num_groups)
+                    correct, total = correct + counts[0], total + counts[1]
                 row[split] = group_accuracy_compute(correct, total).tolist()
             self.rows.append(row)
 
@@ -365,6 +366,13 @@ def waterbirds_epochs(seed: int, settings: argparse.Namespace) -> dict[str, Any]
         ],
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def _few_of_each_group(group: Tensor, size: int) -> Tensor:
+    """Positions of at most ``size`` random examples of each group, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    members = [(group == g).nonzero()[:, 0] for g in group.unique().tolist()]
+    return torch.cat([m[torch.randperm(len(m), generator=generator)[:size]] for m in members]).sort().values
 
 
 def epoch_findings(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
