@@ -17,7 +17,7 @@ from demem.callbacks._passes import examples, gather_rows, held_out_loader, netw
 from demem.callbacks._sampling import reweight
 from demem.linear import LinearHead, balanced_weights, fit_linear
 from demem.removal import MASKED_SHARES, Examples, best_round, remove_in_rounds
-from demem.removal.rounds import SMOOTHING
+from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
 from demem.tracing.shortcut import find_shortcut
 
@@ -95,12 +95,10 @@ class MemorizationRemover(Callback):
             )
         if atypical not in ("group", "margin"):
             raise ValueError(f"atypical must be 'group' or 'margin', got {atypical!r}.")
-        if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
-            raise ValueError(f"shares must grow and lie in (0, 1), got {list(shares)}.")
         self.rebalance = rebalance
         self.use_groups = use_groups
         self.probe_layers = probe_layers
-        self.shares = tuple(float(s) for s in shares)
+        self.shares = check_shares(shares)
         self.atypical = atypical
         self.atypical_share = atypical_share
         self.tolerance = tolerance

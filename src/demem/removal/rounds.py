@@ -91,8 +91,7 @@ def remove_in_rounds(
         ValueError: shares do not grow or are outside (0, 1); a class is absent from the held-out examples; features
             are not finite.
     """
-    if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
-        raise ValueError(f"Masked shares must grow and lie in (0, 1), got {list(shares)}.")
+    check_shares(shares)
     missing = sorted(set(range(num_classes)) - set(held_out.y.tolist()))
     if missing:
         raise ValueError(
@@ -120,6 +119,13 @@ def remove_in_rounds(
                 atypical = atypical_by_margin(margins(logits, held_out.y), held_out.y, atypical_share, num_classes)
         rounds.append(_judge(share, gate, score, held_out, l2, num_classes))
     return rounds
+
+
+def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
+    """The shares, or a :class:`ValueError` if they do not grow or are outside (0, 1)."""
+    if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
+        raise ValueError(f"Masked shares must grow and lie in (0, 1), got {list(shares)}.")
+    return tuple(float(s) for s in shares)
 
 
 def minority(train: Examples, held_out: Examples) -> Tensor:
