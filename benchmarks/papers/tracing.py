@@ -356,10 +356,10 @@ def write_report(out: Path) -> None:
 
 LEGEND = """\
 Accuracy lost, in points, by minority and majority groups (mean over the groups of the kind) when the top units by a
-score are changed; mean over seeds with a 95% interval over seeds. Same examples before and after (at most 200 a group);
-*train* and *test* are separate measurements. The first seven scores are computed on training examples with true groups;
-`gradient_majority` is the same score for the other groups; `random` and `matched` (in magnitude to `taylor`, same
-layers) are the controls, mean of several draws.
+score are changed; mean over seeds with a 95% interval over seeds, not corrected for the number of comparisons. Same
+examples before and after (at most 200 a group); *train* and *test* are separate measurements. The first seven scores
+are computed on training examples with true groups; `gradient_majority` is the same score for the other groups;
+`random` and `matched` (in magnitude to `taylor`, same layers) are the controls, mean of several draws.
 """
 
 
