@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.heads import few_of_each_group
 from benchmarks.results import append_jsonl, read_jsonl
 from demem.measures import TiesWarning, collect_activations, mean_mi, measure_diversity, mutual_information
 from demem.metrics import group_accuracy_compute, group_accuracy_update
@@ -343,7 +344,7 @@ def waterbirds_epochs(seed: int, settings: argparse.Namespace) -> dict[str, Any]
             splits = {"train": data.train_eval_dataset, "val": data.val_dataset, "test": data.test_dataset}
             row = {}
             for split, dataset in splits.items():
-                few = _few_of_each_group(dataset.group, settings.per_group)
+                few = few_of_each_group(dataset.group, settings.per_group, seed=0)
                 correct, total = 0, 0
                 for part in few.split(256):
                     x, y, group = dataset.rows(part)
@@ -366,13 +367,6 @@ def waterbirds_epochs(seed: int, settings: argparse.Namespace) -> dict[str, Any]
         ],
         "seconds": round(time.perf_counter() - start, 1),
     }
-
-
-def _few_of_each_group(group: Tensor, size: int) -> Tensor:
-    """Positions of at most ``size`` random examples of each group, the same ones every time."""
-    generator = torch.Generator().manual_seed(0)
-    members = [(group == g).nonzero()[:, 0] for g in group.unique().tolist()]
-    return torch.cat([m[torch.randperm(len(m), generator=generator)[:size]] for m in members]).sort().values
 
 
 def epoch_findings(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

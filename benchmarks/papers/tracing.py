@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.experiment import TASKS, Experiment, Settings, Task
+from benchmarks.heads import few_of_each_group
 from benchmarks.results import append_jsonl, read_jsonl
 from demem.batch import Batch
 from demem.data import SpuriousDigits
@@ -237,12 +238,7 @@ def _minority(data: Any) -> list[int]:
 
 
 def _sample(dataset: Any, seed: int, per_group: int = PER_GROUP) -> Split:
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for g in torch.unique(dataset.group).tolist():
-        members = (dataset.group == g).nonzero()[:, 0]
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:per_group]])
-    positions = torch.cat(chosen).sort().values
+    positions = few_of_each_group(dataset.group, per_group, seed)
     batches = _batches(dataset.select(positions))
     return Split(batches, torch.cat([b.y for b in batches]), dataset.group[positions])
 

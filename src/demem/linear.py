@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -156,6 +156,26 @@ def folds(y: Tensor, k: int, seed: int = 0, group: Tensor | None = None) -> Iter
         yield fold == i
 
 
+def crossfit(
+    features: Tensor,
+    y: Tensor,
+    fit: Callable[[Tensor], LinearHead],
+    num_classes: int,
+    k: int = 5,
+    seed: int = 0,
+    group: Tensor | None = None,
+) -> Tensor:
+    """Logits ``(S, C)`` of every example from a head that ``fit`` made of the other folds (:func:`folds`).
+
+    Args:
+        fit: takes the boolean mask ``(S,)`` of the examples to use.
+    """
+    logits = torch.zeros(len(y), num_classes, device=features.device)
+    for left_out in folds(y, k, seed, group):
+        logits[left_out] = fit(~left_out)(features[left_out].float())
+    return logits
+
+
 def crossfit_logits(
     features: Tensor,
     y: Tensor,
@@ -167,8 +187,8 @@ def crossfit_logits(
 ) -> Tensor:
     """Logits ``(S, C)`` of every example from a head fitted on the other folds (arguments: :func:`fit_linear`)."""
     classes = int(y.max()) + 1 if num_classes is None else num_classes
-    logits = torch.zeros(len(y), classes, device=features.device)
-    for left_out in folds(y, k, seed):
-        part = None if weights is None else weights[~left_out]
-        logits[left_out] = fit_linear(features[~left_out], y[~left_out], part, l2, classes)(features[left_out].float())
-    return logits
+
+    def fit(used: Tensor) -> LinearHead:
+        return fit_linear(features[used], y[used], None if weights is None else weights[used], l2, classes)
+
+    return crossfit(features, y, fit, classes, k, seed)

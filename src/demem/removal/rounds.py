@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from demem.linear import LinearHead, balanced_weights, fit_balanced, fit_linear, folds
+from demem.linear import LinearHead, balanced_weights, crossfit, fit_balanced, fit_linear
 from demem.tracing import atypical_by_margin, linear_score, margins
 
 MASKED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.86, 0.9)
@@ -166,13 +166,11 @@ def _standard_error(accuracy: float, count: int) -> float:
 
 def _judge(share: float, gate: Tensor, score: Tensor, held_out: Examples, l2: float, num_classes: int) -> Round:
     x, y, group = held_out.features * gate, held_out.y, held_out.group
-    logits = torch.zeros(len(y), num_classes, device=x.device)
-    for left_out in folds(y, 5, group=group):
-        used = ~left_out
-        head = fit_balanced(x[used], y[used], group[used], l2, num_classes, subsets=JUDGED_SUBSETS)
-        logits[left_out] = head(x[left_out])
+
+    def fit(used: Tensor) -> LinearHead:
+        return fit_balanced(x[used], y[used], group[used], l2, num_classes, subsets=JUDGED_SUBSETS)
 
     def refit() -> LinearHead:  # masks anew: a masked copy of the features for each round would be much to keep
         return fit_balanced(held_out.features * gate, y, group, l2, num_classes)
 
-    return Round(share, gate, score, *worst_group(logits, y, group), refit)
+    return Round(share, gate, score, *worst_group(crossfit(x, y, fit, num_classes, group=group), y, group), refit)
