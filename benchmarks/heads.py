@@ -20,13 +20,6 @@ def halves(key: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return order[::2], order[1::2]
 
 
-def few_of_each_group(group: Tensor, size: int, seed: int) -> Tensor:
-    """Positions, in order, of at most ``size`` random examples of each group."""
-    generator = torch.Generator().manual_seed(seed)
-    members = [(group == g).nonzero()[:, 0] for g in group.unique().tolist()]
-    return torch.cat([m[torch.randperm(len(m), generator=generator)[:size]] for m in members]).sort().values
-
-
 def worst_accuracy(predicted: Tensor, y: Tensor, key: Tensor) -> float:
     """The lowest accuracy over the values of ``key``: classes (tier T0) or groups."""
     right = predicted == y

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.heads import few_of_each_group
 from benchmarks.results import append_jsonl, read_jsonl
+from demem.linear import few_of_each_group
 from demem.measures import TiesWarning, collect_activations, mean_mi, measure_diversity, mutual_information
 from demem.metrics import group_accuracy_compute, group_accuracy_update
 
@@ -344,7 +344,9 @@ def waterbirds_epochs(seed: int, settings: argparse.Namespace) -> dict[str, Any]
             splits = {"train": data.train_eval_dataset, "val": data.val_dataset, "test": data.test_dataset}
             row = {}
             for split, dataset in splits.items():
-                few = few_of_each_group(dataset.group, settings.per_group, seed=0)
+                few = (
+                    few_of_each_group(dataset.group, settings.per_group, torch.Generator().manual_seed(0)).sort().values
+                )
                 correct, total = 0, 0
                 for part in few.split(256):
                     x, y, group = dataset.rows(part)

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.experiment import TASKS, Experiment, Settings, Task
-from benchmarks.heads import few_of_each_group
 from benchmarks.results import append_jsonl, read_jsonl
 from demem.batch import Batch
 from demem.data import SpuriousDigits
+from demem.linear import few_of_each_group
 from demem.module import Classifier
 from demem.removal.interventions import intervene
 from demem.sites import Site, find_head, find_sites
@@ -238,7 +238,7 @@ def _minority(data: Any) -> list[int]:
 
 
 def _sample(dataset: Any, seed: int, per_group: int = PER_GROUP) -> Split:
-    positions = few_of_each_group(dataset.group, per_group, seed)
+    positions = few_of_each_group(dataset.group, per_group, torch.Generator().manual_seed(seed)).sort().values
     batches = _batches(dataset.select(positions))
     return Split(batches, torch.cat([b.y for b in batches]), dataset.group[positions])
 

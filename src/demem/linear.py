@@ -100,6 +100,19 @@ def balanced_weights(key: Tensor, smoothing: float = 0.0) -> Tensor:
     return (1.0 / (counts + smoothing * len(key)).clamp_min(1e-12))[key]
 
 
+def few_of_each_group(group: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Positions of at most ``size`` random examples of each group, group by group."""
+    members = [(group == g).nonzero()[:, 0] for g in sorted(set(group.tolist()))]
+    return torch.cat([m[torch.randperm(len(m), generator=generator)[:size].to(m.device)] for m in members])
+
+
+def balanced_subset(group: Tensor, generator: torch.Generator, smallest: int = 8) -> Tensor:
+    """Positions of as many random examples of each group as the smallest group has, but of at least ``smallest`` (a
+    group that has fewer gives all)."""
+    counts = torch.bincount(group)
+    return few_of_each_group(group, max(smallest, int(counts[counts > 0].min())), generator)
+
+
 def fit_balanced(
     features: Tensor,
     y: Tensor,
@@ -119,20 +132,16 @@ def fit_balanced(
         features, y, l2, num_classes: see :func:`fit_linear`.
         group: ``(S,)`` indices, true or inferred.
         subsets: how many.
-        smallest: a subset has as many examples of each group as the smallest group has, but at least so many (groups
-            that have fewer give all).
+        smallest: see :func:`balanced_subset`.
         seed: of the draws.
 
     Source: Kirichenko et al. 2023, who average heads in this way for deep feature reweighting (with true groups).
     """
     classes = int(y.max()) + 1 if num_classes is None else num_classes
     generator = torch.Generator().manual_seed(seed)
-    members = [(group == g).nonzero()[:, 0] for g in sorted(set(group.tolist()))]
-    size = max(smallest, min(len(m) for m in members))
     heads = []
     for _ in range(subsets):
-        drawn = [m[torch.randperm(len(m), generator=generator)[:size].to(m.device)] for m in members]
-        chosen = torch.cat(drawn)
+        chosen = balanced_subset(group, generator, smallest)
         heads.append(fit_linear(features[chosen], y[chosen], None, l2, classes))
     weight, bias = (torch.stack(parts).mean(0) for parts in zip(*heads, strict=True))
     return LinearHead(weight, bias)

@@ -346,7 +346,7 @@ def test_timm_classifiers(name):
 def test_other_data_needs_a_new_callback():
     remover = MemorizationRemover()
     _fit(remover, epochs=1)
-    with pytest.raises(ValueError, match="the data changed"):
+    with pytest.raises(ValueError, match="not what was there when training began"):
         _fit(remover, epochs=1, loaders=_loaders(val=TEST))
 
 

@@ -73,6 +73,7 @@ def examples(
     loader: DataLoader[Any],
     description: str | None = None,
     limit: int | None = None,
+    only: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Batch]]:
     """Go once through the loader's data set, in its own order, without shuffling, padding or repeats.
 
@@ -84,12 +85,13 @@ def examples(
         loader: of the training or the validation data.
         description: of the progress bar; none is shown without it.
         limit: at most so many examples, evenly spaced over the data set.
+        only: positions in the data set, ascending; an iterable data set is read whole.
 
     Yields:
         positions ``(B,)`` int64 in the data set, and the :class:`~demem.batch.Batch` on the module's device.
     """
     rank, world = trainer.global_rank, trainer.world_size
-    positions, source = _in_order(trainer, loader, rank, world, limit)
+    positions, source = _in_order(trainer, loader, rank, world, limit, only)
     grouper = find_grouper(trainer, loader)
     shown = bool(description) and trainer.progress_bar_callback is not None and trainer.is_global_zero
     seen = 0
@@ -99,6 +101,20 @@ def examples(
         here = torch.arange(seen, seen + size)
         yield (here * world + rank if positions is None else positions[here]), batch
         seen += size
+
+
+def has_positions(loader: DataLoader[Any]) -> bool:
+    """Whether examples of the loader's data set can be read by their positions (it is not iterable)."""
+    return not isinstance(loader.dataset, IterableDataset) and loader.batch_sampler is not None
+
+
+def batches_of(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any], positions: Tensor, size: int
+) -> Iterator[Batch]:
+    """The examples at these positions of the data set (:func:`has_positions`), in this order, the same on every
+    process."""
+    for raw in _reading(loader, positions, size):
+        yield unpack_batch(_to_device(trainer, raw), pl_module)
 
 
 def network(pl_module: pl.LightningModule, head: nn.Module) -> nn.Module:
@@ -151,25 +167,31 @@ def _on_cpu(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _in_order(
-    trainer: pl.Trainer, loader: DataLoader[Any], rank: int, world: int, limit: int | None
+    trainer: pl.Trainer, loader: DataLoader[Any], rank: int, world: int, limit: int | None, only: Tensor | None
 ) -> tuple[Tensor | None, Any]:
-    dataset = loader.dataset
     batches = _batch_limit(trainer, loader)
-    if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
+    if not has_positions(loader):
         return None, _first(loader, batches)
+    per_batch = loader.batch_size or 64
+    if only is not None:
+        return only[rank::world], _reading(loader, only[rank::world], per_batch)
     sampler = loader.sampler
     chosen = getattr(getattr(sampler, "sampler", sampler), "indices", None)  # a SubsetRandomSampler reads a part only
-    size = len(dataset)  # type: ignore[arg-type]
+    size = len(loader.dataset)  # type: ignore[arg-type]
     positions = torch.arange(size) if chosen is None else torch.as_tensor(chosen).sort().values
-    per_batch = loader.batch_size or 64
     if batches is not None:
         positions = positions[: batches * per_batch * world]
     if limit is not None and len(positions) > limit:
         positions = positions[torch.linspace(0, len(positions) - 1, limit).round().long()]
     positions = positions[rank::world]
-    return positions, DataLoader(
-        Subset(dataset, positions.tolist()),
-        batch_size=per_batch,
+    return positions, _reading(loader, positions, per_batch)
+
+
+def _reading(loader: DataLoader[Any], positions: Tensor, size: int) -> DataLoader[Any]:
+    """The loader's examples at these positions, in this order."""
+    return DataLoader(
+        Subset(loader.dataset, positions.tolist()),
+        batch_size=size,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

@@ -15,12 +15,15 @@ from torch.utils.data import DataLoader
 from demem.batch import apply_model
 from demem.callbacks._passes import examples, gather_rows, held_out_loader, network, train_loader, undisturbed
 from demem.callbacks._sampling import reweight
-from demem.linear import LinearHead, balanced_weights, fit_linear
+from demem.callbacks._tuning import can_fine_tune, fine_tune
+from demem.linear import LinearHead, balanced_subset, balanced_weights, few_of_each_group, fit_linear
 from demem.removal import MASKED_SHARES, Examples, best_round, remove_in_rounds
 from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
 from demem.tracing.shortcut import find_shortcut
 
+TRACED = 500  # training examples of each inferred group: what units and heads are traced on
+TUNED_ON = 64  # held-out examples of each class; fewer do not say how the features should change
 _NOTHING = torch.empty(0, dtype=torch.long)
 
 
@@ -37,12 +40,15 @@ class MemorizationRemover(Callback):
        groups in equal numbers, with the layers below at rest (:func:`demem.removal.remove_in_rounds`).  Of the rounds
        that cannot be told from the best on the worst inferred group, the one that masks least stays; it may mask
        nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.
+    4. *Then* the whole gated network is fine-tuned for a few passes over one subset of the held-out examples with
+       equally many of every inferred group, where these are enough to say how the features should change (64 of each
+       class).  One subset, not a new one each pass: an example seen more often than others is fitted more closely.
 
     From then on validation, testing, checkpoints and prediction see the gated model.  The refitted head has the weight
     0 at masked units, so a checkpoint gives the same outputs without demem.
 
     The held-out examples are those of the first validation loader.  Their labels take part in the refit (as in deep
-    feature reweighting), so accuracy on them is optimistic afterwards.
+    feature reweighting) and the fine-tuning, so accuracy on them is optimistic afterwards.
 
     Args:
         rebalance: do step 2.  Needs a shuffling ``DataLoader`` without a sampler of your own.
@@ -56,6 +62,8 @@ class MemorizationRemover(Callback):
         atypical_share: of each class, for ``"margin"``.
         tolerance: in standard errors: how much worse than the best round one that masks less may be; 0 keeps the best.
         l2: of the refit, see :func:`demem.linear.fit_linear`.
+        fine_tune: passes of step 4, with the trainer's optimizers at a third of the learning rate that training began
+            with; 0 leaves it out, and so the features are those that training gave.
         head: qualified name of the classification head (an ``nn.Linear``), should it not be found.
         max_examples: of the training set at most so many are read, evenly spaced; the others keep an average weight.
         seed: of the draw of training examples.
@@ -64,6 +72,7 @@ class MemorizationRemover(Callback):
         rounds: one dict for each round: ``share`` masked, ``worst`` inferred-group accuracy, ``chosen``.
         probe: ``{"site", "error", "groups"}`` of the shortcut probe: its layer, its cross-fitted error, and how many
             training examples each inferred group ``class · C + attribute`` has.
+        fine_tuned_on: how many held-out examples the network was fine-tuned on; 0 if it was not.
 
     Raises:
         ValueError: before training: no validation data, layers that match nothing, labels out of range, a class absent
@@ -83,15 +92,16 @@ class MemorizationRemover(Callback):
         atypical_share: float = 0.2,
         tolerance: float = 1.0,
         l2: float = 1e-3,
+        fine_tune: int = 5,
         head: str | None = None,
         max_examples: int = 200_000,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < atypical_share <= 1 or not tolerance >= 0 or l2 <= 0 or max_examples < 1:
+        if not 0 < atypical_share <= 1 or not tolerance >= 0 or l2 <= 0 or fine_tune < 0 or max_examples < 1:
             raise ValueError(
-                "atypical_share must be in (0, 1], tolerance at least 0, l2 above 0 and max_examples at least 1; "
-                f"got {atypical_share}, {tolerance}, {l2} and {max_examples}."
+                "atypical_share must be in (0, 1], tolerance and fine_tune at least 0, l2 above 0 and max_examples at "
+                f"least 1; got {atypical_share}, {tolerance}, {fine_tune}, {l2} and {max_examples}."
             )
         if atypical not in ("group", "margin"):
             raise ValueError(f"atypical must be 'group' or 'margin', got {atypical!r}.")
@@ -103,11 +113,13 @@ class MemorizationRemover(Callback):
         self.atypical_share = atypical_share
         self.tolerance = tolerance
         self.l2 = l2
+        self.fine_tune = fine_tune
         self.head = head
         self.max_examples = max_examples
         self.seed = seed
         self.rounds: list[dict[str, float | bool]] = []
         self.probe: dict[str, Any] = {}
+        self.fine_tuned_on = 0
         self._gates: Gates | None = None
         self._site: Site
         self._loaded_gate: Tensor | None = None
@@ -129,6 +141,7 @@ class MemorizationRemover(Callback):
             "train_positions": self._train_positions,
             "held_out_groups": self._held_out_groups,
             "removed_at_step": self._removed_at_step,
+            "fine_tuned_on": self.fine_tuned_on,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,6 +152,7 @@ class MemorizationRemover(Callback):
         self._train_positions = state_dict["train_positions"]
         self._held_out_groups = state_dict["held_out_groups"]
         self._removed_at_step = int(state_dict["removed_at_step"])
+        self.fine_tuned_on = int(state_dict["fine_tuned_on"])
 
     def export(self, model: nn.Module) -> nn.Module:
         """A copy of ``model`` (the LightningModule or the network in it) with the gates baked into plain weights."""
@@ -261,20 +275,22 @@ class MemorizationRemover(Callback):
         gates, site = self._gates, self._site
         if gates is None:
             raise RuntimeError("MemorizationRemover was not set up; use it as a callback of a Trainer.")
-        sets = []
-        for loader, group in (
-            (train_loader(trainer), self._train_groups),
-            (held_out_loader(trainer), self._held_out_groups),
-        ):
-            features, y, _, _ = self._read(trainer, pl_module, loader, [site], "tracing")
-            if len(y) != len(group):
-                raise ValueError(
-                    f"{len(y)} examples were read where {len(group)} were seen when training began: the data changed. "
-                    "Use a new MemorizationRemover for other data."
-                )
-            sets.append(Examples(features[site.name].float(), y, group.to(y.device)))
+        loader = held_out_loader(trainer)
+        few = few_of_each_group(self._train_groups, TRACED, torch.Generator().manual_seed(self.seed)).sort().values
+        train, y, _, read = self._read(
+            trainer, pl_module, train_loader(trainer), [site], "tracing", self._train_positions[few]
+        )
+        held_out, held_y, _, positions = self._read(trainer, pl_module, loader, [site], "tracing")
+        if len(held_y) != len(self._held_out_groups) or not bool(torch.isin(read.cpu(), self._train_positions).all()):
+            raise ValueError(
+                "The training or validation data is not what was there when training began. Use a new "
+                "MemorizationRemover for other data."
+            )
+        train_group = self._train_groups[torch.searchsorted(self._train_positions, read.cpu())]
+        group = self._held_out_groups.to(held_y.device)
         rounds = remove_in_rounds(
-            *sets,
+            Examples(train[site.name].float(), y, train_group.to(y.device)),
+            Examples(held_out[site.name].float(), held_y, group),
             num_classes=self._num_classes(),
             shares=self.shares,
             trace_on=self.atypical,
@@ -285,6 +301,13 @@ class MemorizationRemover(Callback):
         gates[site.name] = trainer.strategy.broadcast(rounds[chosen].gate)
         _write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
         self.rounds = [{"share": r.share, "worst": r.worst, "chosen": i == chosen} for i, r in enumerate(rounds)]
+
+        subset = balanced_subset(group, torch.Generator().manual_seed(self.seed)).cpu()
+        enough = int(torch.bincount(held_y.cpu()[subset], minlength=self._num_classes()).min()) >= TUNED_ON
+        if self.fine_tune and enough and can_fine_tune(trainer, loader):
+            model, size = network(pl_module, site.module), train_loader(trainer).batch_size or 64
+            fine_tune(trainer, pl_module, model, loader, positions.cpu()[subset], self.fine_tune, size, self.seed)
+            self.fine_tuned_on = len(subset)
         self._removed_at_step = trainer.global_step
 
     def _num_classes(self) -> int:
@@ -297,6 +320,7 @@ class MemorizationRemover(Callback):
         loader: DataLoader[Any],
         sites: Sequence[Site],
         description: str,
+        only: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Tensor]:
         """Pooled, ungated activations ``{site: (S, N)}``, labels, groups and positions of all processes' examples, in
         the order of the data set."""
@@ -305,7 +329,7 @@ class MemorizationRemover(Callback):
         rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
         index, labels, groups = [], [], []
         with undisturbed(trainer, pl_module), ActivationReader(sites, "mean", ungated=True) as reader:
-            for positions, batch in examples(trainer, pl_module, loader, description, limit):
+            for positions, batch in examples(trainer, pl_module, loader, description, limit, only):
                 apply_model(model, batch.x)
                 for name, values in reader.pop().items():
                     rows[name].append(check_finite(values.float(), f"layer {name!r}"))

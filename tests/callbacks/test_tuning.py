@@ -1,0 +1,138 @@
+import pytest
+import torch
+from test_remover import TEST, VAL, Net, _fit, _loaders, _set, _worst
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from demem.callbacks import MemorizationRemover
+from demem.callbacks._tuning import LR_SHARE
+
+MANY = _set(400, 0.0, 3)
+
+
+class WithBatchNorm(Net):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 2))
+
+
+class Scheduled(Net):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _parameters(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_tunes_every_layer_where_there_are_enough_examples():
+    still, tuned = MemorizationRemover(fine_tune=0), MemorizationRemover()
+    before, _ = _fit(still, loaders=_loaders(val=MANY))
+    after, _ = _fit(tuned, loaders=_loaders(val=MANY))
+    groups = torch.bincount(tuned._held_out_groups)
+    assert (still.fine_tuned_on, tuned.fine_tuned_on) == (0, 4 * int(groups.min()))
+    assert tuned.rounds == still.rounds
+    assert not torch.equal(before.net[0].weight, after.net[0].weight)
+    assert not torch.equal(before.net[-1].weight, after.net[-1].weight)
+
+    x, y, _ = MANY.tensors
+    with torch.no_grad():
+        loss = [float(nn.functional.cross_entropy(module.eval()(x), y)) for module in (before, after)]
+    assert loss[1] < loss[0]
+
+
+def test_few_examples_do_not_change_features():
+    remover = MemorizationRemover()
+    _fit(remover, loaders=_loaders(val=VAL))  # 30 of each group at most: fewer than 64 of a class in a balanced subset
+    assert remover.fine_tuned_on == 0
+
+
+def test_leaves_optimizer_and_batch_norm_as_they_were():
+    plain, plain_trainer = _fit(MemorizationRemover(fine_tune=0), WithBatchNorm(), loaders=_loaders(val=MANY))
+    tuned, tuned_trainer = _fit(MemorizationRemover(), WithBatchNorm(), loaders=_loaders(val=MANY))
+    assert not torch.equal(_parameters(plain), _parameters(tuned))
+    for a, b in zip(plain.buffers(), tuned.buffers(), strict=True):
+        assert torch.equal(a, b)
+    a, b = (trainer.optimizers[0].state_dict() for trainer in (plain_trainer, tuned_trainer))
+    assert a["param_groups"] == b["param_groups"]
+    for key, state in a["state"].items():
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(b["state"][key][k])) for k, v in state.items())
+    assert all(p.grad is None or not bool(p.grad.any()) for p in tuned.parameters())
+
+
+def test_learning_rate_falls_from_a_third_of_where_training_began(monkeypatch):
+    seen = []
+    step = torch.optim.SGD.step
+
+    def spy(self, *args, **kwargs):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    remover = MemorizationRemover()
+    _, trainer = _fit(remover, Scheduled(), loaders=_loaders(val=MANY))
+    rates = seen[trainer.global_step :]
+    assert len(rates) == 5 * -(-remover.fine_tuned_on // 32)
+    assert rates[0] == pytest.approx(0.05 * LR_SHARE)
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 0.01 * 0.05
+
+
+def test_masked_units_stay_masked(monkeypatch):
+    monkeypatch.setattr("demem.callbacks.remover.best_round", lambda rounds, tolerance: len(rounds) - 1)
+    remover = MemorizationRemover(shares=(0.5,))
+    module, _ = _fit(remover, loaders=_loaders(val=MANY))
+    assert remover.fine_tuned_on > 0
+    assert int((module.net[-1].weight == 0).all(0).sum()) == 8
+    bare = Net()
+    bare.load_state_dict({k: v for k, v in module.state_dict().items() if k in bare.state_dict()})
+    x = TEST.tensors[0]
+    assert torch.allclose(bare.eval()(x), module.eval()(x), atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_puts_the_weights_back(monkeypatch):
+    plain, _ = _fit(MemorizationRemover(fine_tune=0), loaders=_loaders(val=MANY))
+    losses = iter([1.0, 1.0, float("nan")])
+    cross_entropy = nn.functional.cross_entropy
+
+    class Functional:
+        @staticmethod
+        def cross_entropy(logits, y):
+            return cross_entropy(logits, y) * next(losses)
+
+    monkeypatch.setattr("demem.callbacks._tuning.F", Functional)
+    with pytest.warns(UserWarning, match="not finite; the weights are those before"):
+        module, _ = _fit(MemorizationRemover(), loaders=_loaders(val=MANY))
+    assert torch.equal(_parameters(plain), _parameters(module))
+
+
+def test_iterable_held_out_data_is_not_tuned_on():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([MANY[i] for i in range(len(MANY))])
+
+    remover = MemorizationRemover()
+    loaders = {**_loaders(), "val_dataloaders": DataLoader(Stream(), batch_size=32)}
+    _fit(remover, loaders=loaders)
+    assert remover.rounds
+    assert remover.fine_tuned_on == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_precisions(precision):
+    remover = MemorizationRemover()
+    module, _ = _fit(remover, loaders=_loaders(val=MANY), precision=precision)
+    assert remover.fine_tuned_on > 0
+    assert bool(_parameters(module).isfinite().all())
+
+
+def test_helps_where_the_features_lack_the_class():
+    # The class is so faint beside the shortcut that training hardly gives features for it: a refit finds none.
+    train = _set(600, 0.98, 0)
+    worst = []
+    for epochs in (0, 30):
+        module, _ = _fit(MemorizationRemover(fine_tune=epochs), epochs=2, loaders=_loaders(train, MANY))
+        worst.append(_worst(module))
+    assert worst[1] > worst[0]
