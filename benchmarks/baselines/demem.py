@@ -5,68 +5,97 @@ T0 sees no group label; T2 may use those of the held-out examples (``use_groups=
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
-from benchmarks.experiment import Experiment, Method, Outcome, Run
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from benchmarks.experiment import Experiment, Features, Method, Outcome, Run
 from benchmarks.heads import fit_head, worst_accuracy
 from demem.callbacks import MemorizationRemover
-from demem.linear import balanced_weights
+from demem.callbacks.remover import TRACED
+from demem.linear import balanced_weights, few_of_each_group
 from demem.removal import Examples, remove_in_rounds
 from demem.tracing import atypical_by_margin, linear_impact, margins
 
 
+class _BeforeRemoval(pl.Callback):
+    """Keeps the weights after the last step; must come before the remover in the list of callbacks."""
+
+    state: dict[str, Tensor]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs:
+            self.state = copy.deepcopy(pl_module.state_dict())
+
+
 def _run(experiment: Experiment, use_groups: bool) -> Outcome:
-    remover = MemorizationRemover(use_groups=use_groups, seed=experiment.seed)
-    run = experiment.fit(callbacks=[remover, *experiment.watch()])
+    remover, before = MemorizationRemover(use_groups=use_groups, seed=experiment.seed), _BeforeRemoval()
+    run = experiment.fit(callbacks=[before, remover, *experiment.watch()])
     chosen = next(r for r in remover.rounds if r["chosen"])
-    config = {"use_groups": use_groups, "masked_share": chosen["share"], "probe": remover.probe}
-    extras = run.extras()
+    config = {
+        "use_groups": use_groups,
+        "masked_share": chosen["share"],
+        "fine_tuned_on": remover.fine_tuned_on,
+        "probe": remover.probe,
+    }
+    outcome = Outcome(run.logits, config, run.extras())
     if experiment.watched:
-        extras["units"] = unit_map(run)
-        extras["rounds"] = rounds_on_test(run, remover)
-    return Outcome(run.logits, config, extras)
+        after = run.features
+        run.module.load_state_dict(before.state)
+        trained = Run(run.module, run.data, 0).features
+        outcome.extras["units"] = unit_map(trained, after)
+        outcome.extras["rounds"] = rounds_on_test(trained, remover)
+    return outcome
 
 
-def rounds_on_test(run: Run, remover: MemorizationRemover) -> list[dict[str, Any]]:
-    """What the remover noted of its rounds, and the test accuracy on the worst true group had it kept each of them.
+def rounds_on_test(trained: Features, remover: MemorizationRemover) -> list[dict[str, Any]]:
+    """What the remover noted of its rounds, and the test accuracy on the worst true group had it kept each of them and
+    not fine-tuned.
 
     For the figure only: test data decides nothing.
     """
-    features, groups = run.features, remover.state_dict()
-    sets = [
-        Examples(features.z[split], features.y[split], groups[key])
-        for split, key in (("train", "train_groups"), ("val", "held_out_groups"))
-    ]
-    rounds = remove_in_rounds(*sets, num_classes=len(features.weight), shares=remover.shares, l2=remover.l2)
-    z, y, group = features.z["test"], features.y["test"], features.group["test"]
+    noted = remover.state_dict()
+    few = few_of_each_group(noted["train_groups"], TRACED, torch.Generator().manual_seed(remover.seed)).sort().values
+    rounds = remove_in_rounds(
+        Examples(trained.z["train"][few], trained.y["train"][few], noted["train_groups"][few]),
+        Examples(trained.z["val"], trained.y["val"], noted["held_out_groups"]),
+        num_classes=len(trained.weight),
+        shares=remover.shares,
+        trace_on=remover.atypical,
+        atypical_share=remover.atypical_share,
+        l2=remover.l2,
+    )
+    z, y, group = trained.z["test"], trained.y["test"], trained.group["test"]
     return [
-        {**noted, "test_worst": worst_accuracy(r.head(z).argmax(1), y, group)}
-        for noted, r in zip(remover.rounds, rounds, strict=True)
+        {**record, "test_worst": worst_accuracy(r.head(z).argmax(1), y, group)}
+        for record, r in zip(remover.rounds, rounds, strict=True)
     ]
 
 
-def unit_map(run: Run) -> list[dict[str, Any]]:
+def unit_map(trained: Features, after: Features) -> list[dict[str, Any]]:
     """For each unit that the head reads: mean impact on typical and on atypical held-out examples (logits), and whether
     it is gated.
 
     *Before*: under a class-balanced head fitted on the training set, where the spurious pattern is at work; *after*:
-    under the head that the remover left.  Atypical are the 20% of each class with the lowest margin under the former.
+    in the network that the remover left.  Atypical are the 20% of each class with the lowest margin under the former.
     """
-    features = run.features
-    z, y = features.z["val"], features.y["val"]
-    before, bias = fit_head(
-        features.z["train"],
-        features.y["train"],
-        balanced_weights(features.y["train"]),
-        num_classes=len(features.weight),
+    y = trained.y["val"]
+    head = fit_head(
+        trained.z["train"],
+        trained.y["train"],
+        balanced_weights(trained.y["train"]),
+        num_classes=len(trained.weight),
     )
-    atypical = atypical_by_margin(margins(z @ before.T + bias, y), y)
+    atypical = atypical_by_margin(margins(head(trained.z["val"]), y), y)
     columns = []
-    for weight, shift in ((before, bias), (features.weight, features.bias)):
-        impact = linear_impact(z, weight, y, logits=z @ weight.T + shift)
+    for z, (weight, bias) in ((trained.z["val"], head), (after.z["val"], (after.weight, after.bias))):
+        impact = linear_impact(z, weight, y, logits=z @ weight.T + bias)
         columns += [impact[~atypical].mean(0).tolist(), impact[atypical].mean(0).tolist()]
-    gated = (features.weight == 0).all(0).tolist()  # the refitted head has the weight 0 at masked units
+    gated = (after.weight == 0).all(0).tolist()  # the refitted head has the weight 0 at masked units
     names = ("typical", "atypical", "typical_after", "atypical_after", "gated")
     return [
         {"unit": i, **dict(zip(names, row, strict=True))} for i, row in enumerate(zip(*columns, gated, strict=True))

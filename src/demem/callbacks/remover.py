@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from demem.batch import apply_model
-from demem.callbacks._passes import examples, gather_rows, held_out_loader, network, train_loader, undisturbed
+from demem.callbacks._passes import (
+    examples,
+    gather_rows,
+    has_positions,
+    held_out_loader,
+    network,
+    train_loader,
+    undisturbed,
+)
 from demem.callbacks._sampling import reweight
-from demem.callbacks._tuning import can_fine_tune, fine_tune
+from demem.callbacks._tuning import fine_tune
 from demem.linear import LinearHead, balanced_subset, balanced_weights, few_of_each_group, fit_linear
 from demem.removal import MASKED_SHARES, Examples, best_round, remove_in_rounds
 from demem.removal.rounds import SMOOTHING, check_shares
@@ -62,8 +70,8 @@ class MemorizationRemover(Callback):
         atypical_share: of each class, for ``"margin"``.
         tolerance: in standard errors: how much worse than the best round one that masks less may be; 0 keeps the best.
         l2: of the refit, see :func:`demem.linear.fit_linear`.
-        fine_tune: passes of step 4, with the trainer's optimizers at a third of the learning rate that training began
-            with; 0 leaves it out, and so the features are those that training gave.
+        fine_tune: passes of step 4; 0 leaves it out, and the features stay those that training gave.
+        fine_tune_lr: Adam's learning rate in step 4, falling to 0.
         head: qualified name of the classification head (an ``nn.Linear``), should it not be found.
         max_examples: of the training set at most so many are read, evenly spaced; the others keep an average weight.
         seed: of the draw of training examples.
@@ -93,15 +101,21 @@ class MemorizationRemover(Callback):
         tolerance: float = 1.0,
         l2: float = 1e-3,
         fine_tune: int = 5,
+        fine_tune_lr: float = 1e-4,
         head: str | None = None,
         max_examples: int = 200_000,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < atypical_share <= 1 or not tolerance >= 0 or l2 <= 0 or fine_tune < 0 or max_examples < 1:
+        if not 0 < atypical_share <= 1 or not tolerance >= 0 or fine_tune < 0:
             raise ValueError(
-                "atypical_share must be in (0, 1], tolerance and fine_tune at least 0, l2 above 0 and max_examples at "
-                f"least 1; got {atypical_share}, {tolerance}, {fine_tune}, {l2} and {max_examples}."
+                "atypical_share must be in (0, 1], tolerance and fine_tune at least 0; "
+                f"got {atypical_share}, {tolerance} and {fine_tune}."
+            )
+        if not (l2 > 0 and fine_tune_lr > 0 and max_examples >= 1):
+            raise ValueError(
+                "l2 and fine_tune_lr must be above 0 and max_examples at least 1; "
+                f"got {l2}, {fine_tune_lr} and {max_examples}."
             )
         if atypical not in ("group", "margin"):
             raise ValueError(f"atypical must be 'group' or 'margin', got {atypical!r}.")
@@ -114,6 +128,7 @@ class MemorizationRemover(Callback):
         self.tolerance = tolerance
         self.l2 = l2
         self.fine_tune = fine_tune
+        self.fine_tune_lr = fine_tune_lr
         self.head = head
         self.max_examples = max_examples
         self.seed = seed
@@ -304,9 +319,18 @@ class MemorizationRemover(Callback):
 
         subset = balanced_subset(group, torch.Generator().manual_seed(self.seed)).cpu()
         enough = int(torch.bincount(held_y.cpu()[subset], minlength=self._num_classes()).min()) >= TUNED_ON
-        if self.fine_tune and enough and can_fine_tune(trainer, loader):
-            model, size = network(pl_module, site.module), train_loader(trainer).batch_size or 64
-            fine_tune(trainer, pl_module, model, loader, positions.cpu()[subset], self.fine_tune, size, self.seed)
+        if self.fine_tune and enough and has_positions(loader):
+            fine_tune(
+                trainer,
+                pl_module,
+                network(pl_module, site.module),
+                loader,
+                positions.cpu()[subset],
+                epochs=self.fine_tune,
+                lr=self.fine_tune_lr,
+                batch_size=train_loader(trainer).batch_size or 64,
+                seed=self.seed,
+            )
             self.fine_tuned_on = len(subset)
         self._removed_at_step = trainer.global_step
 
