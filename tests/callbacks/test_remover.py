@@ -32,6 +32,7 @@ def _set(n, share, seed, classes=2):
 
 
 TRAIN, VAL, TEST = _set(240, 0.9, 0), _set(120, 0.0, 1), _set(400, 0.0, 2)
+MANY = _set(400, 0.0, 3)  # enough held-out examples to fine-tune on
 
 
 def _loaders(train=TRAIN, val=VAL, **options):
@@ -425,18 +426,34 @@ class _Frozen(Net):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("val", [VAL, MANY], ids=["few", "many"])
+def test_two_processes_equal_one(tmp_path, val):
     states = []
     for devices in (1, 2):
         remover = MemorizationRemover(shares=(0.25, 0.5))
         record = _Record(remover, str(tmp_path / f"s{devices}"))
         strategy = "ddp_spawn" if devices == 2 else "auto"
-        _fit(remover, _Frozen(), epochs=2, callbacks=[record], strategy=strategy, devices=devices)
+        loaders = _loaders(val=val)
+        _fit(remover, _Frozen(), epochs=2, callbacks=[record], loaders=loaders, strategy=strategy, devices=devices)
         states += [torch.load(tmp_path / f"s{devices}.{rank}", weights_only=True) for rank in range(devices)]
     alone, first, second = states
+    assert (alone["callback"]["fine_tuned_on"] > 0) == (val is MANY)
     for state in (first, second):
+        assert state["callback"]["fine_tuned_on"] == alone["callback"]["fine_tuned_on"]
         assert state["callback"]["rounds"] == alone["callback"]["rounds"]
         assert torch.equal(state["callback"]["train_groups"], alone["callback"]["train_groups"])
         assert torch.equal(state["callback"]["gate"], alone["callback"]["gate"])
         for name, value in state["model"].items():
             assert torch.allclose(value, alone["model"][name], atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_network(tmp_path):
+    remover = MemorizationRemover()
+    record = _Record(remover, str(tmp_path / "s"))
+    loaders = _loaders(val=MANY)
+    _fit(remover, epochs=2, callbacks=[record], loaders=loaders, strategy="ddp_spawn", devices=2)
+    first, second = (torch.load(tmp_path / f"s.{rank}", weights_only=True) for rank in range(2))
+    assert first["callback"]["fine_tuned_on"] > 0
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name

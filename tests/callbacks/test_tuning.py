@@ -1,12 +1,10 @@
 import pytest
 import torch
-from test_remover import TEST, VAL, Net, _fit, _loaders, _set, _worst
+from test_remover import MANY, TEST, VAL, Net, _fit, _loaders, _set, _worst
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from demem.callbacks import MemorizationRemover
-
-MANY = _set(400, 0.0, 3)
 
 
 class WithBatchNorm(Net):
