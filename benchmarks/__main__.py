@@ -10,6 +10,7 @@ COMMANDS = {
     ("papers", "measures"): "benchmarks.papers.measures",
     ("papers", "tracing"): "benchmarks.papers.tracing",
     ("speed", "measures"): "benchmarks.speed.measures",
+    ("speed", "remover"): "benchmarks.speed.remover",
     ("speed", "tracing"): "benchmarks.speed.tracing",
 }
 

@@ -1,1 +1,1 @@
-"""How fast the estimators and scores are, beside the references and the floor."""
+"""How fast estimators, scores and the remover are, beside the references and the floor."""
