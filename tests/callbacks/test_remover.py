@@ -349,6 +349,8 @@ def test_other_data_needs_a_new_callback():
     _fit(remover, epochs=1)
     with pytest.raises(ValueError, match="not what was there when training began"):
         _fit(remover, epochs=1, loaders=_loaders(val=TEST))
+    with pytest.raises(ValueError, match="not what was there when training began"):
+        _fit(remover, epochs=1, loaders=_loaders(_set(200, 0.9, 0)))
 
 
 def test_stopped_early_still_removes(masks):

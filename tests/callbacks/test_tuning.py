@@ -93,9 +93,11 @@ def test_a_loss_that_is_not_finite_puts_the_weights_back(monkeypatch):
             return cross_entropy(logits, y) * next(losses)
 
     monkeypatch.setattr("demem.callbacks._tuning.F", Functional)
+    remover = MemorizationRemover()
     with pytest.warns(UserWarning, match="not finite; the weights are those before"):
-        module, _ = _fit(MemorizationRemover(), loaders=_loaders(val=MANY))
+        module, _ = _fit(remover, loaders=_loaders(val=MANY))
     assert torch.equal(_parameters(plain), _parameters(module))
+    assert remover.fine_tuned_on == 0
 
 
 def test_iterable_held_out_data_is_not_tuned_on():

@@ -27,7 +27,7 @@ def fine_tune(
     lr: float,
     batch_size: int,
     seed: int,
-) -> None:
+) -> bool:
     """Minimise cross-entropy on a few examples by Adam, whose learning rate falls from ``lr`` to 0 by a cosine.
 
     The step is Adam's own, not the trainer's: with frozen statistics, in evaluation mode, a learning rate that suits
@@ -45,6 +45,9 @@ def fine_tune(
         lr: the first learning rate.
         batch_size: examples a step.
         seed: of their order.
+
+    Returns:
+        Whether the weights are the new ones.
     """
     parameters = [p for p in pl_module.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
@@ -67,7 +70,7 @@ def fine_tune(
                         stacklevel=2,
                     )
                     optimizer.zero_grad()
-                    return
+                    return False
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -76,6 +79,7 @@ def fine_tune(
     if trainer.world_size > 1:
         for parameter in parameters:
             dist.broadcast(parameter.data, 0)
+    return True
 
 
 def _full_precision_for_fp16(trainer: pl.Trainer) -> torch.autocast:

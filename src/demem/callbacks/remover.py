@@ -195,8 +195,10 @@ class MemorizationRemover(Callback):
             return
         # Anew every epoch, for loaders that are reloaded between epochs.
         self._restore_sampler()
-        known = balanced_weights(self._train_groups, SMOOTHING)
-        self._undo = reweight(train_loader(trainer), self._train_positions, known, trainer, self.seed)
+        loader, weights = train_loader(trainer), balanced_weights(self._train_groups, SMOOTHING)
+        if has_positions(loader) and len(loader.dataset) <= int(self._train_positions[-1]):  # type: ignore[arg-type]
+            raise _other_data()
+        self._undo = reweight(loader, self._train_positions, weights, trainer, self.seed)
         if self._undo is None:
             warnings.warn(
                 "MemorizationRemover does not rebalance: the training DataLoader has a sampler of its own or does not "
@@ -290,22 +292,10 @@ class MemorizationRemover(Callback):
         gates, site = self._gates, self._site
         if gates is None:
             raise RuntimeError("MemorizationRemover was not set up; use it as a callback of a Trainer.")
-        loader = held_out_loader(trainer)
-        few = few_of_each_group(self._train_groups, TRACED, torch.Generator().manual_seed(self.seed)).sort().values
-        train, y, _, read = self._read(
-            trainer, pl_module, train_loader(trainer), [site], "tracing", self._train_positions[few]
-        )
-        held_out, held_y, _, positions = self._read(trainer, pl_module, loader, [site], "tracing")
-        if len(held_y) != len(self._held_out_groups) or not bool(torch.isin(read.cpu(), self._train_positions).all()):
-            raise ValueError(
-                "The training or validation data is not what was there when training began. Use a new "
-                "MemorizationRemover for other data."
-            )
-        train_group = self._train_groups[torch.searchsorted(self._train_positions, read.cpu())]
-        group = self._held_out_groups.to(held_y.device)
+        train, held_out, positions = self._examples(trainer, pl_module)
         rounds = remove_in_rounds(
-            Examples(train[site.name].float(), y, train_group.to(y.device)),
-            Examples(held_out[site.name].float(), held_y, group),
+            train,
+            held_out,
             num_classes=self._num_classes(),
             shares=self.shares,
             trace_on=self.atypical,
@@ -316,23 +306,48 @@ class MemorizationRemover(Callback):
         gates[site.name] = trainer.strategy.broadcast(rounds[chosen].gate)
         _write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
         self.rounds = [{"share": r.share, "worst": r.worst, "chosen": i == chosen} for i, r in enumerate(rounds)]
-
-        subset = balanced_subset(group, torch.Generator().manual_seed(self.seed)).cpu()
-        enough = int(torch.bincount(held_y.cpu()[subset], minlength=self._num_classes()).min()) >= TUNED_ON
-        if self.fine_tune and enough and has_positions(loader):
-            fine_tune(
-                trainer,
-                pl_module,
-                network(pl_module, site.module),
-                loader,
-                positions.cpu()[subset],
-                epochs=self.fine_tune,
-                lr=self.fine_tune_lr,
-                batch_size=train_loader(trainer).batch_size or 64,
-                seed=self.seed,
-            )
-            self.fine_tuned_on = len(subset)
+        self.fine_tuned_on = self._fine_tune(trainer, pl_module, held_out, positions)
         self._removed_at_step = trainer.global_step
+
+    def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Examples, Examples, Tensor]:
+        """What the head reads of some training examples and of the held-out ones, and the latter's positions."""
+        loader, name = train_loader(trainer), self._site.name
+        known = self._train_positions
+        few = few_of_each_group(self._train_groups, TRACED, torch.Generator().manual_seed(self.seed)).sort().values
+        train, y, _, read = self._read(trainer, pl_module, loader, [self._site], "tracing", known[few])
+        held_out, held_y, _, positions = self._read(
+            trainer, pl_module, held_out_loader(trainer), [self._site], "tracing"
+        )
+        if len(held_y) != len(self._held_out_groups) or not bool(torch.isin(read.cpu(), known).all()):
+            raise _other_data()
+        train_group = self._train_groups[torch.searchsorted(known, read.cpu())]
+        return (
+            Examples(train[name].float(), y, train_group.to(y.device)),
+            Examples(held_out[name].float(), held_y, self._held_out_groups.to(held_y.device)),
+            positions.cpu(),
+        )
+
+    def _fine_tune(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, held_out: Examples, positions: Tensor
+    ) -> int:
+        """Step 4.  Returns how many examples it used."""
+        loader = held_out_loader(trainer)
+        subset = balanced_subset(held_out.group, torch.Generator().manual_seed(self.seed))
+        fewest = int(torch.bincount(held_out.y[subset], minlength=self._num_classes()).min())
+        if self.fine_tune == 0 or fewest < TUNED_ON or not has_positions(loader):
+            return 0
+        done = fine_tune(
+            trainer,
+            pl_module,
+            network(pl_module, self._site.module),
+            loader,
+            positions[subset.cpu()],
+            epochs=self.fine_tune,
+            lr=self.fine_tune_lr,
+            batch_size=train_loader(trainer).batch_size or 64,
+            seed=self.seed,
+        )
+        return len(subset) if done else 0
 
     def _num_classes(self) -> int:
         return max(2, int(self._site.module.out_features))  # type: ignore[arg-type]
@@ -365,6 +380,13 @@ class MemorizationRemover(Callback):
         features = {name: gather_rows(trainer, where, torch.cat(values)) for name, values in rows.items()}
         group = gather_rows(trainer, where, torch.cat(groups)) if len(groups) == len(labels) else None
         return features, gather_rows(trainer, where, torch.cat(labels)), group, gather_rows(trainer, where, where)
+
+
+def _other_data() -> ValueError:
+    return ValueError(
+        "The training or validation data is not what was there when training began. Use a new MemorizationRemover for "
+        "other data."
+    )
 
 
 def _attribute_from_groups(features: Tensor, y: Tensor, held_out: Tensor, held_y: Tensor, group: Tensor) -> Tensor:
