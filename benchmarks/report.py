@@ -337,8 +337,9 @@ def _rounds(out: Path, rows: list[Row]) -> Path | None:
         shares, held_out, test, chosen = zip(*points, strict=True)
         axis.plot(shares, held_out, "o-", markersize=4, color="C1", label="held-out, groups as inferred or given")
         axis.plot(shares, test, "s--", markersize=4, color="C0", label="test, true groups")
-        at = chosen.index(True)
-        axis.plot(shares[at], held_out[at], "k*", markersize=12, label="chosen")
+        if True in chosen:  # else the network was left as trained
+            at = chosen.index(True)
+            axis.plot(shares[at], held_out[at], "k*", markersize=12, label="chosen")
         axis.set(title=name, xlabel="units masked, %", ylabel="worst group, %")
         axis.legend(fontsize=6)
     return _save(figure, out / "rounds.png")

@@ -39,6 +39,7 @@ def _run(experiment: Experiment, use_groups: bool) -> Outcome:
     config = {
         "use_groups": use_groups,
         "masked_share": chosen["share"],
+        "refit": chosen["refit"],
         "fine_tuned_on": remover.fine_tuned_on,
         "probe": remover.probe,
     }
@@ -65,14 +66,14 @@ def rounds_on_test(trained: Features, remover: MemorizationRemover) -> list[dict
         Examples(trained.z["val"], trained.y["val"], noted["held_out_groups"]),
         num_classes=len(trained.weight),
         shares=remover.shares,
-        trace_on=remover.atypical,
+        typical=noted["typical"],
         atypical_share=remover.atypical_share,
         l2=remover.l2,
     )
     z, y, group = trained.z["test"], trained.y["test"], trained.group["test"]
     return [
         {**record, "test_worst": worst_accuracy(r.head(z).argmax(1), y, group)}
-        for record, r in zip(remover.rounds, rounds, strict=True)
+        for record, r in zip((r for r in remover.rounds if r["refit"]), rounds, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from demem.callbacks import MemorizationRemover, WorstGroupMonitor
+from demem.removal import worst_group
 
 QUIET = dict(
     accelerator="cpu",
@@ -91,12 +92,13 @@ def test_lifts_the_worst_group_and_finds_the_attribute():
     module, trainer = _fit(remover)
     assert _worst(module) > _worst(plain) + 0.1
     assert sum(r["chosen"] for r in remover.rounds) == 1
-    assert [r["share"] for r in remover.rounds] == [0.0, *remover.shares]
+    assert [r["share"] for r in remover.rounds] == [0.0, 0.0, *remover.shares]
+    assert [r["refit"] for r in remover.rounds] == [False, True, *[True] * len(remover.shares)]
     # Inferred groups of the training set against the planted ones.
     assert float((remover._train_groups == TRAIN.tensors[2]).float().mean()) > 0.9
     assert sum(remover.probe["groups"]) == len(TRAIN)
     chosen = next(r for r in remover.rounds if r["chosen"])
-    assert chosen["worst"] == max(r["worst"] for r in remover.rounds)
+    assert chosen["worst"] == max(r["worst"] for r in remover.rounds if r["refit"])
     assert float(trainer.callback_metrics["removal/masked_share"]) == pytest.approx(chosen["share"])
 
 
@@ -104,6 +106,7 @@ def test_lifts_the_worst_group_and_finds_the_attribute():
 def masks(monkeypatch):
     """The last round stays, whatever it is worth: what follows from a mask can be seen."""
     monkeypatch.setattr("demem.callbacks.remover.best_round", lambda rounds, tolerance: len(rounds) - 1)
+    monkeypatch.setattr("demem.callbacks.remover.clearly_worse", lambda *_: False)
 
 
 def test_last_validation_sees_the_gated_model_and_export_gives_the_same(masks):
@@ -120,6 +123,30 @@ def test_last_validation_sees_the_gated_model_and_export_gives_the_same(masks):
         plain = Net()
         plain.load_state_dict(module.state_dict())
         assert torch.allclose(plain(x), module(x), atol=1e-6)
+
+
+def test_leaves_the_network_as_trained_where_the_refit_is_clearly_worse(monkeypatch):
+    class TrainsOnly(MemorizationRemover):
+        def _remove(self, trainer, pl_module):
+            self.rounds = [{"chosen": True, "share": 0.0, "worst": _worst_inferred(self, pl_module)}]
+
+    def _worst_inferred(remover, module):
+        x, y, _ = VAL.tensors
+        with torch.no_grad():
+            return worst_group(module(x), y, remover._held_out_groups)[0]
+
+    expected, _ = _fit(only := TrainsOnly())
+    monkeypatch.setattr("demem.callbacks.remover.clearly_worse", lambda *_: True)
+    remover = MemorizationRemover()
+    module, trainer = _fit(remover)
+    for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [r["chosen"] for r in remover.rounds] == [True, *[False] * (1 + len(remover.shares))]
+    assert remover.rounds[0]["worst"] == pytest.approx(only.rounds[0]["worst"])
+    assert not remover.rounds[0]["refit"]
+    assert float(trainer.callback_metrics["removal/masked_share"]) == 0
+    assert remover.fine_tuned_on == 0
+    assert (remover.state_dict()["gate"] == 1).all()
 
 
 def test_masked_units_are_gated(masks):

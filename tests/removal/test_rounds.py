@@ -1,9 +1,10 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from demem.removal import Examples, best_round, remove_in_rounds, worst_group
+from demem.removal import Examples, best_round, clearly_worse, largest_groups, remove_in_rounds, worst_group
 
 
 def _examples(n, share, seed, width=40):
@@ -21,7 +22,8 @@ def test_masks_the_spurious_units_and_lifts_the_worst_group():
     held_out, group = _examples(60, 0.5, 1)  # few: a head that reads all units fits their noise
     test, test_group = _examples(4000, 0.5, 2)
     held_out = held_out._replace(group=group)
-    rounds = remove_in_rounds(train, held_out, num_classes=2, shares=(0.25, 0.5, 0.9))
+    typical = torch.tensor([0, 3])
+    rounds = remove_in_rounds(train, held_out, num_classes=2, shares=(0.25, 0.5, 0.9), typical=typical)
     before, _ = worst_group(rounds[0].head(test.features), test.y, test_group)
     half = rounds[2]
     assert int((half.gate[20:] == 0).sum()) >= 19  # the 20 spurious ones, or all but one
@@ -59,6 +61,42 @@ def test_worst_group_leaves_out_groups_too_small_to_judge():
     group = torch.tensor([0] * 10 + [1] * 10 + [2, 2])
     assert worst_group(logits, y, group)[0] == 1.0
     assert worst_group(logits[20:], y[20:], group[20:])[0] == 0.0
+
+
+def test_the_typical_group_of_a_class_is_its_largest():
+    y = torch.tensor([0, 0, 0, 1, 1, 1, 3])
+    group = torch.tensor([0, 0, 1, 2, 3, 3, 6])
+    assert largest_groups(y, group, 4).tolist() == [0, 3, -1, 6]
+
+
+def test_atypical_examples_are_those_of_other_groups_than_the_typical_one():
+    train, group = _examples(2000, 0.98, 0)
+    held_out, held_group = _examples(200, 0.5, 1)
+    held_out, typical = held_out._replace(group=held_group), largest_groups(train.y, group, 2)
+    by_group = remove_in_rounds(train, held_out, num_classes=2, shares=(0.5,), typical=typical)[1]
+    swapped = remove_in_rounds(train, held_out, num_classes=2, shares=(0.5,), typical=torch.tensor([1, 2]))[1]
+    assert float(by_group.gate[20:].mean()) == 0  # what misleads on the minority is the spurious half
+    assert float(swapped.gate[20:].mean()) > 0
+
+
+def test_clearly_worse_is_a_paired_test_over_cells():
+    """Against the z-test written out with numpy."""
+    generator = torch.Generator().manual_seed(0)
+    cell = torch.randint(0, 3, (300,), generator=generator)
+    cell[:4] = 3  # too few to count, and all lost
+    than = torch.rand(300, generator=generator) < 0.9
+    than[:4] = True
+    for lost in (0.0, 0.02, 0.05, 0.2):
+        right = than & (torch.rand(300, generator=generator) >= lost)
+        right[:4] = False
+        d, k = (right.float() - than.float()).numpy(), cell.numpy()
+        rows = [d[k == c] for c in range(3)]
+        pooled = sum(((row - row.mean()) ** 2).sum() for row in rows) / (sum(map(len, rows)) - 3)
+        z = np.mean([row.mean() for row in rows]) / max(1e-12, np.sqrt(pooled * sum(1 / len(r) for r in rows)) / 3)
+        assert clearly_worse(right, than, cell) == (z < -1.645)
+    assert clearly_worse(right, than, cell)
+    assert not clearly_worse(than, right, cell)
+    assert not clearly_worse(than, than, cell)
 
 
 def test_bad_input_is_refused():

@@ -25,7 +25,15 @@ from demem.callbacks._passes import (
 from demem.callbacks._sampling import reweight
 from demem.callbacks._tuning import fine_tune
 from demem.linear import LinearHead, balanced_subset, balanced_weights, few_of_each_group, fit_linear
-from demem.removal import MASKED_SHARES, Examples, best_round, remove_in_rounds
+from demem.removal import (
+    MASKED_SHARES,
+    Examples,
+    best_round,
+    clearly_worse,
+    largest_groups,
+    remove_in_rounds,
+    worst_group,
+)
 from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
 from demem.tracing.shortcut import find_shortcut
@@ -47,8 +55,10 @@ class MemorizationRemover(Callback):
        held-out examples and masked in rounds.  In each, the head is refitted on the held-out examples, all inferred
        groups in equal numbers, with the layers below at rest (:func:`demem.removal.remove_in_rounds`).  Of the rounds
        that cannot be told from the best on the worst inferred group, the one that masks least stays; it may mask
-       nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.
-    4. *Then* the whole gated network is fine-tuned for a few passes over one subset of the held-out examples with
+       nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.  Where the
+       refit is clearly worse than the head as trained (:func:`demem.removal.clearly_worse`; few held-out examples of
+       many classes), the network is left as trained.
+    4. *Else* the whole gated network is fine-tuned for a few passes over one subset of the held-out examples with
        equally many of every inferred group, where these are enough to say how the features should change (64 of each
        class).  One subset, not a new one each pass: an example seen more often than others is fitted more closely.
 
@@ -77,7 +87,8 @@ class MemorizationRemover(Callback):
         seed: of the draw of training examples.
 
     Attributes:
-        rounds: one dict for each round: ``share`` masked, ``worst`` inferred-group accuracy, ``chosen``.
+        rounds: one dict for the head as trained (``refit`` is False), then one for each round: ``refit``, ``share``
+            masked, ``worst`` inferred-group accuracy on held-out examples, ``chosen``.
         probe: ``{"site", "error", "groups"}`` of the shortcut probe: its layer, its cross-fitted error, and how many
             training examples each inferred group ``class · C + attribute`` has.
         fine_tuned_on: how many held-out examples the network was fine-tuned on; 0 if it was not.
@@ -140,6 +151,7 @@ class MemorizationRemover(Callback):
         self._loaded_gate: Tensor | None = None
         # Inferred (or, held out and with use_groups, true) groups of the examples that were read, in data set order.
         self._train_groups, self._held_out_groups, self._train_positions = _NOTHING, _NOTHING, _NOTHING
+        self._typical = _NOTHING  # (C,) the largest group of each class in the training set
         self._removed_at_step = -1
         self._undo: Callable[[], None] | None = None  # puts the training loader's own sampler back
 
@@ -155,6 +167,7 @@ class MemorizationRemover(Callback):
             "train_groups": self._train_groups,
             "train_positions": self._train_positions,
             "held_out_groups": self._held_out_groups,
+            "typical": self._typical,
             "removed_at_step": self._removed_at_step,
             "fine_tuned_on": self.fine_tuned_on,
         }
@@ -166,6 +179,7 @@ class MemorizationRemover(Callback):
         self._train_groups = state_dict["train_groups"]
         self._train_positions = state_dict["train_positions"]
         self._held_out_groups = state_dict["held_out_groups"]
+        self._typical = state_dict["typical"]
         self._removed_at_step = int(state_dict["removed_at_step"])
         self.fine_tuned_on = int(state_dict["fine_tuned_on"])
 
@@ -276,6 +290,7 @@ class MemorizationRemover(Callback):
         self._train_groups = trainer.strategy.broadcast(train_groups.cpu())
         self._held_out_groups = trainer.strategy.broadcast(held_out_groups.cpu())
         self._train_positions = positions.cpu()
+        self._typical = largest_groups(y.cpu(), self._train_groups, classes)
         counts = torch.bincount(self._train_groups).tolist()
         self.probe = {"site": probe.site, "error": probe.error, "groups": counts}
 
@@ -298,15 +313,26 @@ class MemorizationRemover(Callback):
             held_out,
             num_classes=self._num_classes(),
             shares=self.shares,
-            trace_on=self.atypical,
+            typical=self._typical if self.atypical == "group" else None,
             atypical_share=self.atypical_share,
             l2=self.l2,
         )
-        chosen = trainer.strategy.broadcast(best_round(rounds, self.tolerance))
-        gates[site.name] = trainer.strategy.broadcast(rounds[chosen].gate)
-        _write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
-        self.rounds = [{"share": r.share, "worst": r.worst, "chosen": i == chosen} for i, r in enumerate(rounds)]
-        self.fine_tuned_on = self._fine_tune(trainer, pl_module, held_out, positions)
+        chosen = best_round(rounds, self.tolerance)
+        logits = _read_head(site.module)(held_out.features)
+        atypical = held_out.group != self._typical.to(held_out.group.device)[held_out.y]
+        as_trained = clearly_worse(rounds[chosen].right, logits.argmax(1) == held_out.y, 2 * held_out.y + atypical)
+        as_trained, chosen = trainer.strategy.broadcast((as_trained, chosen))
+        worst, _ = worst_group(logits, held_out.y, held_out.group)
+        self.rounds = [{"refit": False, "share": 0.0, "worst": worst, "chosen": as_trained}]
+        for i, r in enumerate(rounds):
+            self.rounds.append(
+                {"refit": True, "share": r.share, "worst": r.worst, "chosen": i == chosen and not as_trained}
+            )
+        self.fine_tuned_on = 0
+        if not as_trained:
+            gates[site.name] = trainer.strategy.broadcast(rounds[chosen].gate)
+            _write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
+            self.fine_tuned_on = self._fine_tune(trainer, pl_module, held_out, positions)
         self._removed_at_step = trainer.global_step
 
     def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Examples, Examples, Tensor]:
@@ -397,6 +423,14 @@ def _attribute_from_groups(features: Tensor, y: Tensor, held_out: Tensor, held_y
     possible = torch.zeros(int(max(y.max(), held_y.max())) + 1, logits.shape[1], dtype=torch.bool, device=y.device)
     possible[held_y, group] = True
     return logits.masked_fill(~possible[y], -torch.inf).argmax(1)
+
+
+def _read_head(head: nn.Module) -> LinearHead:
+    weight: Tensor = head.weight.detach().float()  # type: ignore[operator]
+    bias: Tensor = head.bias.detach().float()  # type: ignore[operator]
+    if len(bias) == 1:  # a single logit, of class 1
+        weight, bias = torch.cat([torch.zeros_like(weight), weight]), torch.cat([torch.zeros_like(bias), bias])
+    return LinearHead(weight, bias)
 
 
 def _write_head(head: nn.Module, fitted: LinearHead) -> None:

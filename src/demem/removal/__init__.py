@@ -1,7 +1,16 @@
 """What is done about memorising units: masks and head refits in rounds, and interventions with exact undo."""
 
 from demem.removal.interventions import apply, intervene, intervene_weights
-from demem.removal.rounds import MASKED_SHARES, Examples, Round, best_round, remove_in_rounds, worst_group
+from demem.removal.rounds import (
+    MASKED_SHARES,
+    Examples,
+    Round,
+    best_round,
+    clearly_worse,
+    largest_groups,
+    remove_in_rounds,
+    worst_group,
+)
 
 __all__ = [
     "MASKED_SHARES",
@@ -9,8 +18,10 @@ __all__ = [
     "Round",
     "apply",
     "best_round",
+    "clearly_worse",
     "intervene",
     "intervene_weights",
+    "largest_groups",
     "remove_in_rounds",
     "worst_group",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ MASKED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.86, 0.9)
 # Keeps a group of a handful of examples (label noise) from ruling a balanced fit.
 SMOOTHING = 0.02
 JUDGED_SUBSETS = 5  # for each of the heads that only judge a round
+FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
+ONE_SIDED = 1.645  # standard errors: 5%
 
 
 class Examples(NamedTuple):
@@ -35,8 +37,8 @@ class Round:
         share: of the units that are masked.
         gate: ``(N,)``, 0 for a masked unit and 1 for a kept one.
         score: ``(N,)`` memorization score of every unit, measured before this round's mask; zeros in round 0.
-        worst: accuracy on the worst (true or inferred) group of the held-out examples, each judged by a head that was
-            fitted without it.
+        right: ``(S,)`` whether each held-out example is classified rightly by a head that was fitted without it.
+        worst: their accuracy on the worst (true or inferred) group.
         standard_error: of ``worst``.
         refit: fits the round's head.
     """
@@ -44,6 +46,7 @@ class Round:
     share: float
     gate: Tensor
     score: Tensor
+    right: Tensor
     worst: float
     standard_error: float
     refit: Callable[[], LinearHead]
@@ -60,7 +63,7 @@ def remove_in_rounds(
     *,
     num_classes: int,
     shares: Sequence[float] = MASKED_SHARES,
-    trace_on: Literal["group", "margin"] = "group",
+    typical: Tensor | None = None,
     atypical_share: float = 0.2,
     l2: float = 1e-3,
 ) -> list[Round]:
@@ -78,10 +81,9 @@ def remove_in_rounds(
         held_out: examples that it was not trained on.
         num_classes: number of classes.
         shares: of the units to mask, growing, each in (0, 1).
-        trace_on: which held-out examples are atypical: ``"group"``, those of all groups but the largest of their class
-            in the training set; or ``"margin"`` (also where a class has no others), the ``atypical_share`` with the
-            lowest margins in each class.
-        atypical_share: see there.
+        typical: ``(C,)`` the typical group of each class (:func:`largest_groups`); held-out examples of other groups
+            are atypical.  Without it, and where a class has no others, the examples with the lowest margins are.
+        atypical_share: of each class, by margin.
         l2: see :func:`demem.linear.fit_linear`.
 
     Returns:
@@ -113,8 +115,9 @@ def remove_in_rounds(
             gate[order[: round(share * width)]] = 0
         traced = fit_linear(train.features * gate, train.y, weights, l2, num_classes)
         if atypical is None:
-            atypical = minority(train, held_out)
-            if trace_on == "margin" or len(set(held_out.y[atypical].tolist())) < num_classes:
+            if typical is not None:
+                atypical = held_out.group != typical.to(held_out.group.device)[held_out.y]
+            if atypical is None or len(set(held_out.y[atypical].tolist())) < num_classes:
                 logits = traced(held_out.features)
                 atypical = atypical_by_margin(margins(logits, held_out.y), held_out.y, atypical_share, num_classes)
         rounds.append(_judge(share, gate, score, held_out, l2, num_classes))
@@ -128,10 +131,33 @@ def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(s) for s in shares)
 
 
-def minority(train: Examples, held_out: Examples) -> Tensor:
-    """Which held-out examples are not of their class's largest group in the training set: bool ``(S,)``."""
-    largest = [int(train.group[train.y == c].mode().values) for c in range(int(held_out.y.max()) + 1)]
-    return held_out.group != torch.tensor(largest, device=held_out.y.device)[held_out.y]
+def largest_groups(y: Tensor, group: Tensor, num_classes: int) -> Tensor:
+    """``(C,)`` the largest group of each class; :math:`-1` for a class without examples."""
+    return torch.stack(
+        [(group[y == c].mode().values if bool((y == c).any()) else group.new_tensor(-1)) for c in range(num_classes)]
+    )
+
+
+def clearly_worse(right: Tensor, than: Tensor, cell: Tensor) -> bool:
+    r"""Whether one head is less accurate than another on average over the cells of some examples, beyond chance.
+
+    With :math:`d_s \in \{-1, 0, 1\}` the paired differences, and :math:`\bar d_k` their mean in cell :math:`k` of
+    :math:`n_k`, the mean of the :math:`\bar d_k` over :math:`K` cells lies below 0 by more than 1.645 standard errors
+    :math:`\tfrac{1}{K} \sqrt{\hat\sigma^2 \sum_k 1/n_k}`, with :math:`\hat\sigma^2` the pooled variance within cells
+    (one-sided, 5%).  Cells of fewer than 5 examples are left out.
+
+    Args:
+        right: ``(S,)`` bool, whether the head is right on each example.
+        than: the same of the other head.
+        cell: ``(S,)`` indices.
+    """
+    difference = right.float() - than.float()
+    cells = [difference[cell == k] for k in _judged(cell)]
+    mean = torch.stack([values.mean() for values in cells]).mean()
+    within = torch.cat([values - values.mean() for values in cells])
+    variance = within.square().sum() / max(1, len(within) - len(cells))
+    error = (variance * sum(1 / len(values) for values in cells)).sqrt() / len(cells)
+    return bool(mean < -ONE_SIDED * error)
 
 
 def best_round(rounds: Sequence[Round], tolerance: float = 1.0) -> int:
@@ -144,17 +170,20 @@ def best_round(rounds: Sequence[Round], tolerance: float = 1.0) -> int:
     return next(i for i, r in enumerate(rounds) if r.worst >= best.worst - tolerance * best.standard_error)
 
 
-def _judged(group: Tensor, smallest: int = 5) -> list[int]:
+def _judged(group: Tensor) -> list[int]:
     """Groups with enough examples to judge; all, if none has."""
     counts = torch.bincount(group)
-    return (counts >= smallest).nonzero()[:, 0].tolist() or (counts > 0).nonzero()[:, 0].tolist()
+    return (counts >= FEWEST_JUDGED).nonzero()[:, 0].tolist() or (counts > 0).nonzero()[:, 0].tolist()
 
 
 def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> tuple[float, float]:
     """Accuracy on the worst group and its standard error; groups of fewer than 5 examples are too few to judge and left
     out, unless there are no others."""
-    right = (logits.argmax(1) == y).float()
-    worst = min((right[group == g] for g in _judged(group)), key=lambda values: float(values.mean()))
+    return _worst(logits.argmax(1) == y, group)
+
+
+def _worst(right: Tensor, group: Tensor) -> tuple[float, float]:
+    worst = min((right[group == g].float() for g in _judged(group)), key=lambda values: float(values.mean()))
     return float(worst.mean()), _standard_error(float(worst.mean()), len(worst))
 
 
@@ -173,4 +202,5 @@ def _judge(share: float, gate: Tensor, score: Tensor, held_out: Examples, l2: fl
     def refit() -> LinearHead:  # masks anew: a masked copy of the features for each round would be much to keep
         return fit_balanced(held_out.features * gate, y, group, l2, num_classes)
 
-    return Round(share, gate, score, *worst_group(crossfit(x, y, fit, num_classes, group=group), y, group), refit)
+    right = crossfit(x, y, fit, num_classes, group=group).argmax(1) == y
+    return Round(share, gate, score, right, *_worst(right, group), refit)
