@@ -149,6 +149,42 @@ def test_leaves_the_network_as_trained_where_the_refit_is_clearly_worse(monkeypa
     assert (remover.state_dict()["gate"] == 1).all()
 
 
+@pytest.fixture
+def no_shortcut(monkeypatch):
+    monkeypatch.setattr("demem.tracing.shortcut.FEWEST_SURE", 1.1)
+
+
+def test_without_a_shortcut_training_is_left_alone(no_shortcut, monkeypatch):
+    plain, _ = _fit()
+    monkeypatch.setattr("demem.callbacks.remover.clearly_worse", lambda *_: False)
+    remover = MemorizationRemover()
+    module, _ = _fit(remover)
+    assert not remover.probe["shortcut"]
+    assert remover.probe["groups"] == [*torch.bincount(3 * TRAIN.tensors[1], minlength=4).tolist()]
+    assert torch.equal(remover._held_out_groups, 3 * VAL.tensors[1])
+    assert not remover.rounds[0]["refit"]
+    assert remover.rounds[0]["chosen"]
+    for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_without_a_shortcut_a_clearly_better_refit_is_kept(no_shortcut):
+    """The validation set is balanced, so a head refitted on it is better than one that follows the attribute."""
+    plain, _ = _fit()
+    remover = MemorizationRemover()
+    module, _ = _fit(remover)
+    assert not remover.rounds[0]["chosen"]
+    assert _worst(module) > _worst(plain) + 0.1
+
+
+def test_groups_given_are_used_without_a_shortcut(no_shortcut):
+    remover = MemorizationRemover(use_groups=True)
+    _fit(remover)
+    assert not remover.probe["shortcut"]
+    assert torch.equal(remover._held_out_groups, VAL.tensors[2])
+    assert len([n for n in remover.probe["groups"] if n]) == 4
+
+
 def test_masked_units_are_gated(masks):
     remover = MemorizationRemover(shares=(0.5,))
     module, _ = _fit(remover)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from demem.tracing.shortcut import find_shortcut, probe_shortcut
+from demem.tracing.shortcut import _sure, find_shortcut, probe_shortcut
 
 
 def _layers(n=2000, share=0.95, seed=0):
@@ -26,7 +26,10 @@ def test_finds_the_planted_attribute_without_being_told():
     assert float((probe.attribute != y)[minority].float().mean()) > 0.95
     # An example outside is judged by the probe that was fitted on all.
     others, _, truth = _layers(seed=1)
+    assert torch.equal(probe.groups(truth, others["early"]), 2 * truth + probe.head(others["early"]).argmax(1))
     assert float((probe.head(others["early"]).argmax(1) == truth).float().mean()) > 0.99
+    assert probe.found
+    assert 0.8 < probe.sure <= 1  # as sure of the minority as of the others
 
 
 def test_late_layer_hides_the_minority():
@@ -34,6 +37,29 @@ def test_late_layer_hides_the_minority():
     late = probe_shortcut(features["late"], y, 2)
     minority = attribute != y
     assert float((late.attribute != y)[minority].float().mean()) < 0.5
+
+
+def test_hard_examples_are_no_shortcut():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(6000) % 3
+    x = 2.0 * torch.nn.functional.one_hot(y, 3) + 0.55 * torch.randn(6000, 3, generator=generator)
+    probe = probe_shortcut(x, y, 3)
+    assert 0.002 < probe.error < 0.02
+    assert not probe.found
+    assert torch.equal(probe.groups(y), 4 * y)
+    assert torch.equal(probe.groups(y[:9], x[:9]), 4 * y[:9])
+
+
+def test_sure_mistakes_by_hand():
+    y = torch.tensor([0] * 40 + [1] * 22)
+    logits = torch.zeros(62, 2)
+    logits[:40, 0] = torch.arange(1.0, 41.0)  # right; the 5% quantile of the margins is 2.95
+    logits[40:60, 0] = 5.0  # class 1 called 0, margin 5 ...
+    logits[60:, 1] = torch.tensor([10.0, 10.0])  # ... below 10, that of the two that are right
+    assert _sure(logits, y) == 0
+    logits[40:45, 0] = 11.0
+    assert _sure(logits, y) == pytest.approx(5 / 20)
+    assert _sure(logits[:40], y[:40]) == 1
 
 
 def test_is_class_balanced_and_multiclass():

@@ -49,15 +49,17 @@ class MemorizationRemover(Callback):
     1. *Before the first step* one pass over the training and the validation data reads pooled activations.  The
        earliest layer that tells the class well is probed, cross-fitted (:mod:`demem.tracing.shortcut`): the examples
        that the probe gets wrong go against the shortcut.  Class and probe together give every example an inferred
-       group.
-    2. *During training* examples are drawn so that the inferred groups of all classes count the same.
+       group.  Where the probe is mostly unsure of its mistakes, they are merely hard: no shortcut was found, and the
+       groups are the classes.
+    2. *During training* examples are drawn so that the inferred groups of all classes count the same, unless no
+       shortcut was found.
     3. *After the last step, before its validation* the units that the head reads are scored by their impact on atypical
        held-out examples and masked in rounds.  In each, the head is refitted on the held-out examples, all inferred
        groups in equal numbers, with the layers below at rest (:func:`demem.removal.remove_in_rounds`).  Of the rounds
        that cannot be told from the best on the worst inferred group, the one that masks least stays; it may mask
        nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.  Where the
        refit is clearly worse than the head as trained (:func:`demem.removal.clearly_worse`; few held-out examples of
-       many classes), the network is left as trained.
+       many classes), and, where there was no shortcut, unless it is clearly better, the network is left as trained.
     4. *Else* the whole gated network is fine-tuned for a few passes over one subset of the held-out examples with
        equally many of every inferred group, where these are enough to say how the features should change (64 of each
        class).  One subset, not a new one each pass: an example seen more often than others is fitted more closely.
@@ -89,8 +91,9 @@ class MemorizationRemover(Callback):
     Attributes:
         rounds: one dict for the head as trained (``refit`` is False), then one for each round: ``refit``, ``share``
             masked, ``worst`` inferred-group accuracy on held-out examples, ``chosen``.
-        probe: ``{"site", "error", "groups"}`` of the shortcut probe: its layer, its cross-fitted error, and how many
-            training examples each inferred group ``class · C + attribute`` has.
+        probe: of the shortcut probe: ``site``, its layer; ``error``, cross-fitted; ``sure``, the share of its mistakes
+            that it is sure of; ``shortcut``, whether that is a third or more; ``groups``, how many training examples
+            each inferred group ``class · C + attribute`` has.
         fine_tuned_on: how many held-out examples the network was fine-tuned on; 0 if it was not.
 
     Raises:
@@ -205,7 +208,7 @@ class MemorizationRemover(Callback):
             self._infer_groups(trainer, pl_module, loader)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.rebalance or _is_dry_run(trainer):
+        if not self.rebalance or _is_dry_run(trainer) or not self._knows_groups:
             return
         # Anew every epoch, for loaders that are reloaded between epochs.
         self._restore_sampler()
@@ -286,13 +289,23 @@ class MemorizationRemover(Callback):
             train_groups, held_out_groups = attribute, held_group
         else:
             train_groups = probe.groups(y)
-            held_out_groups = probe.groups(held_y, probe.head(held_out[probe.site].float()).argmax(1))
+            held_out_groups = probe.groups(held_y, held_out[probe.site])
         self._train_groups = trainer.strategy.broadcast(train_groups.cpu())
         self._held_out_groups = trainer.strategy.broadcast(held_out_groups.cpu())
         self._train_positions = positions.cpu()
         self._typical = largest_groups(y.cpu(), self._train_groups, classes)
         counts = torch.bincount(self._train_groups).tolist()
-        self.probe = {"site": probe.site, "error": probe.error, "groups": counts}
+        self.probe = {
+            "site": probe.site,
+            "error": probe.error,
+            "sure": probe.sure,
+            "shortcut": probe.found,
+            "groups": counts,
+        }
+
+    @property
+    def _knows_groups(self) -> bool:
+        return self.use_groups or bool(self.probe["shortcut"])
 
     def _probe_sites(self, pl_module: pl.LightningModule) -> list[Site]:
         if self.probe_layers is not None:
@@ -320,7 +333,11 @@ class MemorizationRemover(Callback):
         chosen = best_round(rounds, self.tolerance)
         logits = _read_head(site.module)(held_out.features)
         atypical = held_out.group != self._typical.to(held_out.group.device)[held_out.y]
-        as_trained = clearly_worse(rounds[chosen].right, logits.argmax(1) == held_out.y, 2 * held_out.y + atypical)
+        refitted, trained, cell = rounds[chosen].right, logits.argmax(1) == held_out.y, 2 * held_out.y + atypical
+        if self._knows_groups:
+            as_trained = clearly_worse(refitted, trained, cell)
+        else:  # the refit knows of nothing that training did not
+            as_trained = not clearly_worse(trained, refitted, cell)
         as_trained, chosen = trainer.strategy.broadcast((as_trained, chosen))
         worst, _ = worst_group(logits, held_out.y, held_out.group)
         self.rounds = [{"refit": False, "share": 0.0, "worst": worst, "chosen": as_trained}]
