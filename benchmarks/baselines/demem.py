@@ -17,7 +17,7 @@ from benchmarks.experiment import Experiment, Features, Method, Outcome, Run
 from benchmarks.heads import fit_head, worst_accuracy
 from demem.callbacks import MemorizationRemover
 from demem.callbacks.remover import TRACED
-from demem.linear import balanced_weights, few_of_each_group
+from demem.linear import LinearHead, balanced_weights, few_of_each_group
 from demem.removal import Examples, remove_in_rounds
 from demem.tracing import atypical_by_margin, linear_impact, margins
 
@@ -64,6 +64,7 @@ def rounds_on_test(trained: Features, remover: MemorizationRemover) -> list[dict
     rounds = remove_in_rounds(
         Examples(trained.z["train"][few], trained.y["train"][few], noted["train_groups"][few]),
         Examples(trained.z["val"], trained.y["val"], noted["held_out_groups"]),
+        LinearHead(trained.weight, trained.bias),
         num_classes=len(trained.weight),
         shares=remover.shares,
         typical=noted["typical"],
@@ -73,7 +74,7 @@ def rounds_on_test(trained: Features, remover: MemorizationRemover) -> list[dict
     z, y, group = trained.z["test"], trained.y["test"], trained.group["test"]
     return [
         {**record, "test_worst": worst_accuracy(r.head(z).argmax(1), y, group)}
-        for record, r in zip((r for r in remover.rounds if r["refit"]), rounds, strict=True)
+        for record, r in zip(remover.rounds, rounds, strict=True)
     ]
 
 

@@ -105,8 +105,7 @@ def test_lifts_the_worst_group_and_finds_the_attribute():
 @pytest.fixture
 def masks(monkeypatch):
     """The last round stays, whatever it is worth: what follows from a mask can be seen."""
-    monkeypatch.setattr("demem.callbacks.remover.best_round", lambda rounds, tolerance: len(rounds) - 1)
-    monkeypatch.setattr("demem.callbacks.remover.clearly_worse", lambda *_: False)
+    monkeypatch.setattr("demem.callbacks.remover.choose_round", lambda rounds, *_: len(rounds) - 1)
 
 
 def test_last_validation_sees_the_gated_model_and_export_gives_the_same(masks):
@@ -136,7 +135,7 @@ def test_leaves_the_network_as_trained_where_the_refit_is_clearly_worse(monkeypa
             return worst_group(module(x), y, remover._held_out_groups)[0]
 
     expected, _ = _fit(only := TrainsOnly())
-    monkeypatch.setattr("demem.callbacks.remover.clearly_worse", lambda *_: True)
+    monkeypatch.setattr("demem.removal.rounds.clearly_worse", lambda *_: True)
     remover = MemorizationRemover()
     module, trainer = _fit(remover)
     for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
@@ -156,7 +155,7 @@ def no_shortcut(monkeypatch):
 
 def test_without_a_shortcut_training_is_left_alone(no_shortcut, monkeypatch):
     plain, _ = _fit()
-    monkeypatch.setattr("demem.callbacks.remover.clearly_worse", lambda *_: False)
+    monkeypatch.setattr("demem.removal.rounds.clearly_worse", lambda *_: False)
     remover = MemorizationRemover()
     module, _ = _fit(remover)
     assert not remover.probe["shortcut"]

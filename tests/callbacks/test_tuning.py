@@ -71,7 +71,7 @@ def test_learning_rate_falls_to_zero(monkeypatch):
 
 
 def test_masked_units_stay_masked(monkeypatch):
-    monkeypatch.setattr("demem.callbacks.remover.best_round", lambda rounds, tolerance: len(rounds) - 1)
+    monkeypatch.setattr("demem.callbacks.remover.choose_round", lambda rounds, *_: len(rounds) - 1)
     remover = MemorizationRemover(shares=(0.5,))
     module, _ = _fit(remover, loaders=_loaders(val=MANY))
     assert remover.fine_tuned_on > 0

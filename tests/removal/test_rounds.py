@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from demem.removal import Examples, best_round, clearly_worse, largest_groups, remove_in_rounds, worst_group
+from demem.linear import LinearHead
+from demem.removal import Examples, choose_round, clearly_worse, largest_groups, remove_in_rounds, worst_group
 
 
 def _examples(n, share, seed, width=40):
@@ -17,22 +18,26 @@ def _examples(n, share, seed, width=40):
     return Examples(signal + noise, y, torch.zeros_like(y)), 2 * y + a
 
 
+def _head(examples):
+    return LinearHead(torch.zeros(2, examples.features.shape[1]), torch.zeros(2))
+
+
 def test_masks_the_spurious_units_and_lifts_the_worst_group():
     train, _ = _examples(2000, 0.98, 0)
     held_out, group = _examples(60, 0.5, 1)  # few: a head that reads all units fits their noise
     test, test_group = _examples(4000, 0.5, 2)
     held_out = held_out._replace(group=group)
     typical = torch.tensor([0, 3])
-    rounds = remove_in_rounds(train, held_out, num_classes=2, shares=(0.25, 0.5, 0.9), typical=typical)
-    before, _ = worst_group(rounds[0].head(test.features), test.y, test_group)
-    half = rounds[2]
+    rounds = remove_in_rounds(train, held_out, _head(train), num_classes=2, shares=(0.25, 0.5, 0.9), typical=typical)
+    before, _ = worst_group(rounds[1].head(test.features), test.y, test_group)
+    half = rounds[3]
     assert int((half.gate[20:] == 0).sum()) >= 19  # the 20 spurious ones, or all but one
     after, _ = worst_group(half.head(test.features), test.y, test_group)
     assert after > before + 0.03
-    for r, share in zip(rounds, (0, 0.25, 0.5, 0.9), strict=True):
+    for r, share in zip(rounds[1:], (0, 0.25, 0.5, 0.9), strict=True):
         assert int((r.gate == 0).sum()) == round(share * 40)
         assert (r.head.weight[:, r.gate == 0] == 0).all()
-    assert (rounds[1].gate >= rounds[2].gate).all()  # masks only grow
+    assert (rounds[2].gate >= rounds[3].gate).all()  # masks only grow
 
 
 def test_held_out_accuracy_is_judged_without_the_example():
@@ -41,18 +46,44 @@ def test_held_out_accuracy_is_judged_without_the_example():
     generator = torch.Generator().manual_seed(3)
     y = torch.randint(0, 2, (120,), generator=generator)
     held_out = Examples(torch.randn(120, 200, generator=generator), y, torch.zeros_like(y))
-    rounds = remove_in_rounds(train, held_out, num_classes=2, shares=(), l2=1e-6)
-    assert rounds[0].worst < 0.7
+    rounds = remove_in_rounds(train, held_out, _head(train), num_classes=2, shares=(), l2=1e-6)
+    assert rounds[1].worst < 0.7
 
 
-def test_best_round_masks_least_within_one_standard_error():
-    train, _ = _examples(200, 0.9, 0)
-    rounds = remove_in_rounds(train, train, num_classes=2, shares=(0.2, 0.4))
-    same = [replace(r, worst=w, standard_error=0.1) for r, w in zip(rounds, (0.5, 0.65, 0.7), strict=True)]
-    assert best_round(same) == 1
-    assert best_round(same, tolerance=0) == 2
-    surer = [replace(r, standard_error=0.01) for r in same]
-    assert best_round(surer) == 2
+def _rounds(worst, standard_error=0.1):
+    train, group = _examples(200, 0.9, 0)
+    train = train._replace(group=group)
+    rounds = remove_in_rounds(train, train, _head(train), num_classes=2, shares=(0.2, 0.4))
+    refits = [replace(r, worst=w, standard_error=standard_error) for r, w in zip(rounds[1:], worst, strict=True)]
+    return [rounds[0], *refits], train, largest_groups(train.y, train.group, 2)
+
+
+def test_masks_least_within_one_standard_error():
+    assert choose_round(*_rounds((0.5, 0.65, 0.7))) == 2
+    assert choose_round(*_rounds((0.5, 0.65, 0.7)), tolerance=0) == 3
+    assert choose_round(*_rounds((0.5, 0.65, 0.7), standard_error=0.01)) == 3
+
+
+def test_stays_as_trained_if_the_refit_is_clearly_worse():
+    rounds, held_out, typical = _rounds((0.7, 0.6, 0.6))
+    everything, nothing = torch.ones(200, dtype=torch.bool), torch.zeros(200, dtype=torch.bool)
+    better, worse = [replace(r, right=everything) for r in rounds], [replace(r, right=nothing) for r in rounds]
+    for known in (True, False):
+        assert choose_round([worse[0], *better[1:]], held_out, typical, groups_known=known) == 1
+        assert choose_round([better[0], *worse[1:]], held_out, typical, groups_known=known) == 0
+    # Where nothing tells them apart, the groups decide who must be better.
+    assert choose_round(better, held_out, typical) == 1
+    assert choose_round(better, held_out, typical, groups_known=False) == 0
+
+
+def test_the_first_round_is_the_network_as_trained():
+    train, group = _examples(200, 0.9, 0)
+    head = LinearHead(torch.randn(2, 40, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, -0.1]))
+    held_out = train._replace(group=group)
+    first = remove_in_rounds(train, held_out, head, num_classes=2, shares=())[0]
+    assert first.head is head
+    assert torch.equal(first.right, (train.features @ head.weight.T + head.bias).argmax(1) == train.y)
+    assert first.worst == worst_group(head(train.features), train.y, group)[0]
 
 
 def test_worst_group_leaves_out_groups_too_small_to_judge():
@@ -73,8 +104,10 @@ def test_atypical_examples_are_those_of_other_groups_than_the_typical_one():
     train, group = _examples(2000, 0.98, 0)
     held_out, held_group = _examples(200, 0.5, 1)
     held_out, typical = held_out._replace(group=held_group), largest_groups(train.y, group, 2)
-    by_group = remove_in_rounds(train, held_out, num_classes=2, shares=(0.5,), typical=typical)[1]
-    swapped = remove_in_rounds(train, held_out, num_classes=2, shares=(0.5,), typical=torch.tensor([1, 2]))[1]
+    by_group, swapped = (
+        remove_in_rounds(train, held_out, _head(train), num_classes=2, shares=(0.5,), typical=groups)[2]
+        for groups in (typical, torch.tensor([1, 2]))
+    )
     assert float(by_group.gate[20:].mean()) == 0  # what misleads on the minority is the spurious half
     assert float(swapped.gate[20:].mean()) > 0
 
@@ -103,9 +136,9 @@ def test_bad_input_is_refused():
     train, _ = _examples(100, 0.9, 0)
     one_class = Examples(train.features[train.y == 0], train.y[train.y == 0], train.group[train.y == 0])
     with pytest.raises(ValueError, match=r"none of class \[1\]"):
-        remove_in_rounds(train, one_class, num_classes=2)
+        remove_in_rounds(train, one_class, _head(train), num_classes=2)
     with pytest.raises(ValueError, match="must grow"):
-        remove_in_rounds(train, train, num_classes=2, shares=(0.5, 0.2))
+        remove_in_rounds(train, train, _head(train), num_classes=2, shares=(0.5, 0.2))
     broken = train._replace(features=train.features * torch.nan)
     with pytest.raises(ValueError, match="NaN"):
-        remove_in_rounds(broken, train, num_classes=2)
+        remove_in_rounds(broken, train, _head(broken), num_classes=2)

@@ -28,11 +28,9 @@ from demem.linear import LinearHead, balanced_subset, balanced_weights, few_of_e
 from demem.removal import (
     MASKED_SHARES,
     Examples,
-    best_round,
-    clearly_worse,
+    choose_round,
     largest_groups,
     remove_in_rounds,
-    worst_group,
 )
 from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
@@ -58,8 +56,8 @@ class MemorizationRemover(Callback):
        groups in equal numbers, with the layers below at rest (:func:`demem.removal.remove_in_rounds`).  Of the rounds
        that cannot be told from the best on the worst inferred group, the one that masks least stays; it may mask
        nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.  Where the
-       refit is clearly worse than the head as trained (:func:`demem.removal.clearly_worse`; few held-out examples of
-       many classes), and, where there was no shortcut, unless it is clearly better, the network is left as trained.
+       refit is clearly worse than the head as trained, or no shortcut was found and it is not clearly better, the
+       network is left as trained (:func:`demem.removal.choose_round`).
     4. *Else* the whole gated network is fine-tuned for a few passes over one subset of the held-out examples with
        equally many of every inferred group, where these are enough to say how the features should change (64 of each
        class).  One subset, not a new one each pass: an example seen more often than others is fitted more closely.
@@ -324,29 +322,20 @@ class MemorizationRemover(Callback):
         rounds = remove_in_rounds(
             train,
             held_out,
+            _read_head(site.module),
             num_classes=self._num_classes(),
             shares=self.shares,
             typical=self._typical if self.atypical == "group" else None,
             atypical_share=self.atypical_share,
             l2=self.l2,
         )
-        chosen = best_round(rounds, self.tolerance)
-        logits = _read_head(site.module)(held_out.features)
-        atypical = held_out.group != self._typical.to(held_out.group.device)[held_out.y]
-        refitted, trained, cell = rounds[chosen].right, logits.argmax(1) == held_out.y, 2 * held_out.y + atypical
-        if self._knows_groups:
-            as_trained = clearly_worse(refitted, trained, cell)
-        else:  # the refit knows of nothing that training did not
-            as_trained = not clearly_worse(trained, refitted, cell)
-        as_trained, chosen = trainer.strategy.broadcast((as_trained, chosen))
-        worst, _ = worst_group(logits, held_out.y, held_out.group)
-        self.rounds = [{"refit": False, "share": 0.0, "worst": worst, "chosen": as_trained}]
-        for i, r in enumerate(rounds):
-            self.rounds.append(
-                {"refit": True, "share": r.share, "worst": r.worst, "chosen": i == chosen and not as_trained}
-            )
+        known = self.use_groups or bool(self.probe["shortcut"])
+        chosen = trainer.strategy.broadcast(choose_round(rounds, held_out, self._typical, self.tolerance, known))
+        self.rounds = [
+            {"refit": i > 0, "share": r.share, "worst": r.worst, "chosen": i == chosen} for i, r in enumerate(rounds)
+        ]
         self.fine_tuned_on = 0
-        if not as_trained:
+        if chosen > 0:
             gates[site.name] = trainer.strategy.broadcast(rounds[chosen].gate)
             _write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
             self.fine_tuned_on = self._fine_tune(trainer, pl_module, held_out, positions)

@@ -31,16 +31,16 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class Round:
-    """One round of removal.
+    """One round of removal, or (the first of the list) the network as trained.
 
     Attributes:
         share: of the units that are masked.
         gate: ``(N,)``, 0 for a masked unit and 1 for a kept one.
         score: ``(N,)`` memorization score of every unit, measured before this round's mask; zeros in round 0.
-        right: ``(S,)`` whether each held-out example is classified rightly by a head that was fitted without it.
+        right: ``(S,)`` whether a head that was fitted without it classifies each held-out example rightly.
         worst: their accuracy on the worst (true or inferred) group.
         standard_error: of ``worst``.
-        refit: fits the round's head.
+        refit: gives the round's head.
     """
 
     share: float
@@ -60,6 +60,7 @@ class Round:
 def remove_in_rounds(
     train: Examples,
     held_out: Examples,
+    trained: LinearHead,
     *,
     num_classes: int,
     shares: Sequence[float] = MASKED_SHARES,
@@ -79,6 +80,7 @@ def remove_in_rounds(
     Args:
         train: examples that the network was trained on.
         held_out: examples that it was not trained on.
+        trained: its head.
         num_classes: number of classes.
         shares: of the units to mask, growing, each in (0, 1).
         typical: ``(C,)`` the typical group of each class (:func:`largest_groups`); held-out examples of other groups
@@ -87,7 +89,7 @@ def remove_in_rounds(
         l2: see :func:`demem.linear.fit_linear`.
 
     Returns:
-        Round 0 (nothing masked), then one a share.
+        The network as trained, then a refit with nothing masked, then one a share.
 
     Raises:
         ValueError: shares do not grow or are outside (0, 1); a class is absent from the held-out examples; features
@@ -103,7 +105,8 @@ def remove_in_rounds(
     width = train.features.shape[1]
     weights = balanced_weights(train.group, SMOOTHING)
     gate, score = torch.ones(width, device=train.features.device), torch.zeros(width, device=train.features.device)
-    rounds: list[Round] = []
+    right = trained(held_out.features).argmax(1) == held_out.y
+    rounds = [Round(0.0, gate, score, right, *_worst(right, held_out.group), lambda: trained)]
     traced: LinearHead | None = None
     atypical: Tensor | None = None
     for share in (0.0, *shares):
@@ -160,14 +163,32 @@ def clearly_worse(right: Tensor, than: Tensor, cell: Tensor) -> bool:
     return bool(mean < -ONE_SIDED * error)
 
 
-def best_round(rounds: Sequence[Round], tolerance: float = 1.0) -> int:
-    """Index of the first round whose worst-group accuracy on held-out examples is within ``tolerance`` standard errors
-    of the best.
+def choose_round(
+    rounds: Sequence[Round], held_out: Examples, typical: Tensor, tolerance: float = 1.0, groups_known: bool = True
+) -> int:
+    """Index of the round to keep.
 
-    What a small set cannot tell apart is settled by masking less (the one-standard-error rule of Breiman et al. 1984).
+    Of the refits it is the first whose worst-group accuracy on held-out examples is within ``tolerance`` standard
+    errors of the best: what a small set cannot tell apart is settled by masking less (the one-standard-error rule of
+    Breiman et al. 1984).  The network stays as trained (index 0) if that refit is clearly worse (:func:`clearly_worse`,
+    over the typical and the atypical examples of each class), as where many classes share few held-out examples.
+
+    Args:
+        rounds: from :func:`remove_in_rounds`.
+        held_out: as there.
+        typical: ``(C,)`` the typical group of each class.
+        tolerance: see above.
+        groups_known: the held-out examples' groups say more than their classes.  Else the refit knows nothing that
+            training did not know, and must be clearly better to stay.
     """
-    best = max(rounds, key=lambda r: r.worst)
-    return next(i for i, r in enumerate(rounds) if r.worst >= best.worst - tolerance * best.standard_error)
+    best = max(rounds[1:], key=lambda r: r.worst)
+    refit = next(i for i, r in enumerate(rounds) if i > 0 and r.worst >= best.worst - tolerance * best.standard_error)
+    cell = 2 * held_out.y + (held_out.group != typical.to(held_out.group.device)[held_out.y])
+    if groups_known:
+        stays = clearly_worse(rounds[refit].right, rounds[0].right, cell)
+    else:
+        stays = not clearly_worse(rounds[0].right, rounds[refit].right, cell)
+    return 0 if stays else refit
 
 
 def _judged(group: Tensor) -> list[int]:
