@@ -148,15 +148,10 @@ def test_leaves_the_network_as_trained_where_the_refit_is_clearly_worse(monkeypa
     assert (remover.state_dict()["gate"] == 1).all()
 
 
-@pytest.fixture
-def no_shortcut(monkeypatch):
-    monkeypatch.setattr("demem.tracing.shortcut.FEWEST_SURE", 1.1)
-
-
-def test_without_a_shortcut_training_is_left_alone(no_shortcut, monkeypatch):
+def test_without_a_shortcut_training_is_left_alone(monkeypatch):
     plain, _ = _fit()
     monkeypatch.setattr("demem.removal.rounds.clearly_worse", lambda *_: False)
-    remover = MemorizationRemover()
+    remover = MemorizationRemover(min_sure=1)
     module, _ = _fit(remover)
     assert not remover.probe["shortcut"]
     assert remover.probe["groups"] == [*torch.bincount(3 * TRAIN.tensors[1], minlength=4).tolist()]
@@ -167,17 +162,17 @@ def test_without_a_shortcut_training_is_left_alone(no_shortcut, monkeypatch):
         assert torch.equal(ours, theirs)
 
 
-def test_without_a_shortcut_a_clearly_better_refit_is_kept(no_shortcut):
+def test_without_a_shortcut_a_clearly_better_refit_is_kept():
     """The validation set is balanced, so a head refitted on it is better than one that follows the attribute."""
     plain, _ = _fit()
-    remover = MemorizationRemover()
+    remover = MemorizationRemover(min_sure=1)
     module, _ = _fit(remover)
     assert not remover.rounds[0]["chosen"]
     assert _worst(module) > _worst(plain) + 0.1
 
 
-def test_groups_given_are_used_without_a_shortcut(no_shortcut):
-    remover = MemorizationRemover(use_groups=True)
+def test_groups_given_are_used_without_a_shortcut():
+    remover = MemorizationRemover(use_groups=True, min_sure=1)
     _fit(remover)
     assert not remover.probe["shortcut"]
     assert torch.equal(remover._held_out_groups, VAL.tensors[2])
@@ -439,6 +434,7 @@ def test_deepcopy_and_dry_run():
     ("arguments", "message"),
     [
         (dict(shares=(0.5, 0.2)), "must grow"),
+        (dict(min_sure=2), "min_sure"),
         (dict(atypical_share=0), "atypical_share"),
         (dict(atypical="loss"), "atypical must be"),
         (dict(tolerance=-1), "tolerance"),

@@ -48,6 +48,7 @@ def test_hard_examples_are_no_shortcut():
     assert not probe.found
     assert torch.equal(probe.groups(y), 4 * y)
     assert torch.equal(probe.groups(y[:9], x[:9]), 4 * y[:9])
+    assert probe_shortcut(x, y, 3, min_sure=0).found
 
 
 def test_sure_mistakes_by_hand():

@@ -34,7 +34,7 @@ from demem.removal import (
 )
 from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
-from demem.tracing.shortcut import find_shortcut
+from demem.tracing.shortcut import MIN_SURE, find_shortcut
 
 TRACED = 500  # training examples of each inferred group: what units and heads are traced on
 TUNED_ON = 64  # held-out examples of each class; fewer do not say how the features should change
@@ -74,6 +74,8 @@ class MemorizationRemover(Callback):
             set, the refit and the choice of the round (tier T2 instead of T0).
         probe_layers: patterns (:func:`demem.sites.find_sites`) of the layers to probe, shallow ones first; default what
             the first block or layer reads, and the outputs of blocks, stages or layers.
+        min_sure: of the probe's mistakes at least this share must be sure ones (:func:`demem.tracing.shortcut.probe_shortcut`),
+            or no shortcut was found; 0 always takes them for one.
         shares: of the head's inputs that are masked, one a round, growing.
         atypical: the held-out examples that units are traced on: ``"group"``, those of inferred (with ``use_groups``,
             true) minority groups, or ``"margin"``, those with the lowest margins in each class.
@@ -90,8 +92,8 @@ class MemorizationRemover(Callback):
         rounds: one dict for the head as trained (``refit`` is False), then one for each round: ``refit``, ``share``
             masked, ``worst`` inferred-group accuracy on held-out examples, ``chosen``.
         probe: of the shortcut probe: ``site``, its layer; ``error``, cross-fitted; ``sure``, the share of its mistakes
-            that it is sure of; ``shortcut``, whether that is a third or more; ``groups``, how many training examples
-            each inferred group ``class · C + attribute`` has.
+            that it is sure of; ``shortcut``, whether that is ``min_sure`` or more; ``groups``, how many training
+            examples each inferred group ``class · C + attribute`` has.
         fine_tuned_on: how many held-out examples the network was fine-tuned on; 0 if it was not.
 
     Raises:
@@ -107,6 +109,7 @@ class MemorizationRemover(Callback):
         rebalance: bool = True,
         use_groups: bool = False,
         probe_layers: str | Sequence[str] | None = None,
+        min_sure: float = MIN_SURE,
         shares: Sequence[float] = MASKED_SHARES,
         atypical: Literal["group", "margin"] = "group",
         atypical_share: float = 0.2,
@@ -129,11 +132,14 @@ class MemorizationRemover(Callback):
                 "l2 and fine_tune_lr must be above 0 and max_examples at least 1; "
                 f"got {l2}, {fine_tune_lr} and {max_examples}."
             )
+        if not 0 <= min_sure <= 1:
+            raise ValueError(f"min_sure is a share, in [0, 1]; got {min_sure}.")
         if atypical not in ("group", "margin"):
             raise ValueError(f"atypical must be 'group' or 'margin', got {atypical!r}.")
         self.rebalance = rebalance
         self.use_groups = use_groups
         self.probe_layers = probe_layers
+        self.min_sure = min_sure
         self.shares = check_shares(shares)
         self.atypical = atypical
         self.atypical_share = atypical_share
@@ -276,7 +282,7 @@ class MemorizationRemover(Callback):
                 f"Class {absent} is absent from the {len(held_y)} validation examples, so its units cannot be traced. "
                 "Use a validation set with every class (is limit_val_batches too small, or the set sorted by class?)."
             )
-        probe = find_shortcut(train, y, classes)
+        probe = find_shortcut(train, y, classes, min_sure=self.min_sure)
         if self.use_groups:
             if held_group is None:
                 raise ValueError(

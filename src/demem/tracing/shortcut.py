@@ -23,7 +23,7 @@ from demem.linear import LinearHead, balanced_weights, crossfit_logits, fit_line
 
 PROBE_L2 = 1e-2
 UNSURE = 0.05  # of the right answers, those with the smallest margins
-FEWEST_SURE = 1 / 3  # of the mistakes; for hard examples up to .28 was seen, for shortcuts from .42
+MIN_SURE = 1 / 3  # of the mistakes; for hard examples up to .28 was seen, for shortcuts from .42
 
 
 class ShortcutProbe(NamedTuple):
@@ -36,6 +36,7 @@ class ShortcutProbe(NamedTuple):
         error: mean over classes of the share of examples that the cross-fitted probe gets wrong.
         sure: share of the mistakes whose margin (largest logit minus second) is above the 5% quantile of the margins
             of the right answers in the same class; 1 if there are no mistakes.
+        found: whether they can be those of a shortcut: ``sure`` is at least ``min_sure``.
     """
 
     site: str
@@ -43,16 +44,7 @@ class ShortcutProbe(NamedTuple):
     head: LinearHead
     error: float
     sure: float
-
-    @property
-    def found(self) -> bool:
-        """Whether the mistakes can be those of a shortcut: at least a third are :attr:`sure`.
-
-        Normally distributed margins, without any shortcut, give 10% at an error of .01, 30% at .03, 46% at .05 and 66%
-        at .1; a shortcut that is read without noise gives 95%.  So this speaks only where the probe is nearly always
-        right.
-        """
-        return self.sure >= FEWEST_SURE
+    found: bool
 
     def groups(self, y: Tensor, features: Tensor | None = None) -> Tensor:
         """Inferred group ``y · C + attribute`` of each example, with :math:`C` classes; without a shortcut the groups
@@ -67,9 +59,18 @@ class ShortcutProbe(NamedTuple):
 
 
 def probe_shortcut(
-    features: Tensor, y: Tensor, num_classes: int, site: str = "", l2: float = PROBE_L2
+    features: Tensor,
+    y: Tensor,
+    num_classes: int,
+    site: str = "",
+    l2: float = PROBE_L2,
+    min_sure: float = MIN_SURE,
 ) -> ShortcutProbe:
     """Fit a cross-fitted (5-fold), class-balanced linear probe of the class.
+
+    Normally distributed margins, without any shortcut, give a share of sure mistakes of .10 at an error of .01, .30 at
+    .03, .46 at .05 and .66 at .1; a shortcut that is read without noise gives .95.  So that share speaks only where the
+    probe is nearly always right.
 
     Args:
         features: ``(S, N)`` pooled activations of one layer.
@@ -77,6 +78,7 @@ def probe_shortcut(
         num_classes: number of classes.
         site: its name, for the report.
         l2: see :func:`demem.linear.fit_linear`.
+        min_sure: least share of sure mistakes for a shortcut, in [0, 1]; 0 always takes the mistakes for one.
 
     Raises:
         ValueError: a class has fewer than two examples, or a feature is not finite.
@@ -86,8 +88,8 @@ def probe_shortcut(
     attribute = logits.argmax(1)
     wrong = (attribute != y).float()
     error = torch.stack([wrong[y == c].mean() for c in range(num_classes) if bool((y == c).any())]).mean()
-    head = fit_linear(features, y, weights, l2, num_classes)
-    return ShortcutProbe(site, attribute, head, float(error), _sure(logits, y))
+    head, sure = fit_linear(features, y, weights, l2, num_classes), _sure(logits, y)
+    return ShortcutProbe(site, attribute, head, float(error), sure, sure >= min_sure)
 
 
 def _sure(logits: Tensor, y: Tensor) -> float:
@@ -100,7 +102,12 @@ def _sure(logits: Tensor, y: Tensor) -> float:
 
 
 def find_shortcut(
-    features: Mapping[str, Tensor], y: Tensor, num_classes: int, progress: float = 0.8, l2: float = PROBE_L2
+    features: Mapping[str, Tensor],
+    y: Tensor,
+    num_classes: int,
+    progress: float = 0.8,
+    l2: float = PROBE_L2,
+    min_sure: float = MIN_SURE,
 ) -> ShortcutProbe:
     """Probe several layers and keep the earliest one that tells the class nearly as well as the best of them.
 
@@ -114,13 +121,14 @@ def find_shortcut(
         num_classes: number of classes C.
         progress: in [0, 1].
         l2: see :func:`demem.linear.fit_linear`.
+        min_sure: see :func:`probe_shortcut`.
 
     Raises:
         ValueError: no site is given, or as :func:`probe_shortcut`.
     """
     if not features or not 0 <= progress <= 1:
         raise ValueError("find_shortcut needs at least one layer, and progress in [0, 1].")
-    probes = [probe_shortcut(values, y, num_classes, name, l2) for name, values in features.items()]
+    probes = [probe_shortcut(values, y, num_classes, name, l2, min_sure) for name, values in features.items()]
     chance, best = 1 - 1 / num_classes, min(probe.error for probe in probes)
     # Where even the best is no better than chance, any layer is as good as another.
     return next(probe for probe in probes if probe.error <= max(best, chance - progress * (chance - best)))
