@@ -74,8 +74,8 @@ class MemorizationRemover(Callback):
             set, the refit and the choice of the round (tier T2 instead of T0).
         probe_layers: patterns (:func:`demem.sites.find_sites`) of the layers to probe, shallow ones first; default what
             the first block or layer reads, and the outputs of blocks, stages or layers.
-        min_sure: of the probe's mistakes at least this share must be sure ones (:func:`demem.tracing.shortcut.probe_shortcut`),
-            or no shortcut was found; 0 always takes them for one.
+        min_sure: least share of sure ones among the probe's mistakes for a shortcut
+            (:func:`demem.tracing.shortcut.probe_shortcut`); 0 always takes them for one.
         shares: of the head's inputs that are masked, one a round, growing.
         atypical: the held-out examples that units are traced on: ``"group"``, those of inferred (with ``use_groups``,
             true) minority groups, or ``"margin"``, those with the lowest margins in each class.
