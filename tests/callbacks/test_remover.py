@@ -124,7 +124,7 @@ def test_last_validation_sees_the_gated_model_and_export_gives_the_same(masks):
         assert torch.allclose(plain(x), module(x), atol=1e-6)
 
 
-def test_leaves_the_network_as_trained_where_the_refit_is_clearly_worse(monkeypatch):
+def test_leaves_the_network_as_trained_where_the_refit_has_nothing_to_go_by(monkeypatch):
     class TrainsOnly(MemorizationRemover):
         def _remove(self, trainer, pl_module):
             self.rounds = [{"chosen": True, "share": 0.0, "worst": _worst_inferred(self, pl_module)}]
@@ -135,7 +135,7 @@ def test_leaves_the_network_as_trained_where_the_refit_is_clearly_worse(monkeypa
             return worst_group(module(x), y, remover._held_out_groups)[0]
 
     expected, _ = _fit(only := TrainsOnly())
-    monkeypatch.setattr("demem.removal.rounds.clearly_worse", lambda *_: True)
+    monkeypatch.setattr("demem.callbacks.remover.choose_round", lambda *_: 0)
     remover = MemorizationRemover()
     module, trainer = _fit(remover)
     for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
@@ -150,7 +150,7 @@ def test_leaves_the_network_as_trained_where_the_refit_is_clearly_worse(monkeypa
 
 def test_without_a_shortcut_training_is_left_alone(monkeypatch):
     plain, _ = _fit()
-    monkeypatch.setattr("demem.removal.rounds.clearly_worse", lambda *_: False)
+    monkeypatch.setattr("demem.removal.rounds.clearly_better", lambda *_: False)
     remover = MemorizationRemover(min_sure=1)
     module, _ = _fit(remover)
     assert not remover.probe["shortcut"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from demem.linear import LinearHead
-from demem.removal import Examples, choose_round, clearly_worse, largest_groups, remove_in_rounds, worst_group
+from demem.removal import Examples, choose_round, clearly_better, largest_groups, remove_in_rounds, worst_group
 
 
 def _examples(n, share, seed, width=40):
@@ -64,16 +64,22 @@ def test_masks_least_within_one_standard_error():
     assert choose_round(*_rounds((0.5, 0.65, 0.7), standard_error=0.01)) == 3
 
 
-def test_stays_as_trained_if_the_refit_is_clearly_worse():
+def test_stays_as_trained_where_the_refit_has_nothing_to_go_by():
     rounds, held_out, typical = _rounds((0.7, 0.6, 0.6))
     everything, nothing = torch.ones(200, dtype=torch.bool), torch.zeros(200, dtype=torch.bool)
-    better, worse = [replace(r, right=everything) for r in rounds], [replace(r, right=nothing) for r in rounds]
-    for known in (True, False):
-        assert choose_round([worse[0], *better[1:]], held_out, typical, groups_known=known) == 1
-        assert choose_round([better[0], *worse[1:]], held_out, typical, groups_known=known) == 0
-    # Where nothing tells them apart, the groups decide who must be better.
-    assert choose_round(better, held_out, typical) == 1
-    assert choose_round(better, held_out, typical, groups_known=False) == 0
+    refit_wins = [replace(r, right=everything if i else nothing) for i, r in enumerate(rounds)]
+    trained_wins = [replace(r, right=nothing if i else everything) for i, r in enumerate(rounds)]
+    # Groups that are known and large enough: refit, whatever the accuracies.
+    assert choose_round(refit_wins, held_out, typical) == choose_round(trained_wins, held_out, typical) == 1
+    # Unknown, or most atypical ones with fewer than 5 examples, or none: only if clearly better.
+    atypical = held_out.group != typical[held_out.y]
+    split = torch.where(atypical, 4 + torch.arange(200), held_out.group)
+    none = typical[held_out.y]
+    for group, known in ((held_out.group, False), (split, True), (none, True)):
+        few = held_out._replace(group=group)
+        assert choose_round(refit_wins, few, typical, groups_known=known) == 1
+        assert choose_round(trained_wins, few, typical, groups_known=known) == 0
+        assert choose_round([replace(r, right=everything) for r in rounds], few, typical, groups_known=known) == 0
 
 
 def test_the_first_round_is_the_network_as_trained():
@@ -112,24 +118,32 @@ def test_atypical_examples_are_those_of_other_groups_than_the_typical_one():
     assert float(swapped.gate[20:].mean()) > 0
 
 
-def test_clearly_worse_is_a_paired_test_over_cells():
+def test_clearly_better_is_a_paired_test_over_cells():
     """Against the z-test written out with numpy."""
     generator = torch.Generator().manual_seed(0)
     cell = torch.randint(0, 3, (300,), generator=generator)
     cell[:4] = 3  # too few to count, and all lost
-    than = torch.rand(300, generator=generator) < 0.9
-    than[:4] = True
-    for lost in (0.0, 0.02, 0.05, 0.2):
-        right = than & (torch.rand(300, generator=generator) >= lost)
-        right[:4] = False
+    right = torch.rand(300, generator=generator) < 0.9
+    right[:4] = False
+    seen = set()
+    for lost in (0.0, 0.01, 0.02, 0.05, 0.2):
+        than = right & (torch.rand(300, generator=generator) >= lost)
+        than[:4] = True
         d, k = (right.float() - than.float()).numpy(), cell.numpy()
         rows = [d[k == c] for c in range(3)]
-        pooled = sum(((row - row.mean()) ** 2).sum() for row in rows) / (sum(map(len, rows)) - 3)
-        z = np.mean([row.mean() for row in rows]) / max(1e-12, np.sqrt(pooled * sum(1 / len(r) for r in rows)) / 3)
-        assert clearly_worse(right, than, cell) == (z < -1.645)
-    assert clearly_worse(right, than, cell)
-    assert not clearly_worse(than, right, cell)
-    assert not clearly_worse(than, than, cell)
+        variances = [(((row - row.mean()) ** 2).sum() + 2) / (len(row) + 2) for row in rows]
+        error = np.sqrt(sum(v / len(row) for v, row in zip(variances, rows, strict=True))) / 3
+        seen.add(bool(np.mean([row.mean() for row in rows]) / error > 1.645))
+        assert clearly_better(right, than, cell) == (np.mean([row.mean() for row in rows]) / error > 1.645)
+    assert seen == {True, False}
+    assert not clearly_better(than, right, cell)
+    assert not clearly_better(right, right, cell)
+
+
+def test_a_few_examples_are_not_clearly_better():
+    right, than = torch.tensor([True] * 6), torch.tensor([True] * 5 + [False])
+    assert not clearly_better(right, than, torch.zeros(6, dtype=torch.long))
+    assert clearly_better(right.repeat(50), than.repeat(50), torch.zeros(300, dtype=torch.long))
 
 
 def test_bad_input_is_refused():

@@ -55,9 +55,9 @@ class MemorizationRemover(Callback):
        held-out examples and masked in rounds.  In each, the head is refitted on the held-out examples, all inferred
        groups in equal numbers, with the layers below at rest (:func:`demem.removal.remove_in_rounds`).  Of the rounds
        that cannot be told from the best on the worst inferred group, the one that masks least stays; it may mask
-       nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.  Where the
-       refit is clearly worse than the head as trained, or no shortcut was found and it is not clearly better, the
-       network is left as trained (:func:`demem.removal.choose_round`).
+       nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.  Where no
+       shortcut was found, or most inferred minority groups have a handful of held-out examples, the network is left
+       as trained unless the refit is clearly better (:func:`demem.removal.choose_round`).
     4. *Else* the whole gated network is fine-tuned for a few passes over one subset of the held-out examples with
        equally many of every inferred group, where these are enough to say how the features should change (64 of each
        class).  One subset, not a new one each pass: an example seen more often than others is fitted more closely.

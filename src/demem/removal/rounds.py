@@ -141,13 +141,14 @@ def largest_groups(y: Tensor, group: Tensor, num_classes: int) -> Tensor:
     )
 
 
-def clearly_worse(right: Tensor, than: Tensor, cell: Tensor) -> bool:
-    r"""Whether one head is less accurate than another on average over the cells of some examples, beyond chance.
+def clearly_better(right: Tensor, than: Tensor, cell: Tensor) -> bool:
+    r"""Whether one head is more accurate than another on average over the cells of some examples, beyond chance.
 
     With :math:`d_s \in \{-1, 0, 1\}` the paired differences, and :math:`\bar d_k` their mean in cell :math:`k` of
-    :math:`n_k`, the mean of the :math:`\bar d_k` over :math:`K` cells lies below 0 by more than 1.645 standard errors
-    :math:`\tfrac{1}{K} \sqrt{\hat\sigma^2 \sum_k 1/n_k}`, with :math:`\hat\sigma^2` the pooled variance within cells
-    (one-sided, 5%).  Cells of fewer than 5 examples are left out.
+    :math:`n_k`, the mean of the :math:`\bar d_k` over :math:`K` cells lies above 0 by more than 1.645 standard errors
+    :math:`\tfrac{1}{K} \sqrt{\sum_k v_k / n_k}` (one-sided, 5%).  The variance
+    :math:`v_k = (2 + \sum_s (d_s - \bar d_k)^2) / (n_k + 2)` counts one more difference each way: that a few examples show
+    none is not certain.  Cells of fewer than 5 examples are left out.
 
     Args:
         right: ``(S,)`` bool, whether the head is right on each example.
@@ -156,11 +157,11 @@ def clearly_worse(right: Tensor, than: Tensor, cell: Tensor) -> bool:
     """
     difference = right.float() - than.float()
     cells = [difference[cell == k] for k in _judged(cell)]
-    mean = torch.stack([values.mean() for values in cells]).mean()
-    within = torch.cat([values - values.mean() for values in cells])
-    variance = within.square().sum() / max(1, len(within) - len(cells))
-    error = (variance * sum(1 / len(values) for values in cells)).sqrt() / len(cells)
-    return bool(mean < -ONE_SIDED * error)
+    mean = sum(float(values.mean()) for values in cells)
+    squares = [
+        (2 + float((values - values.mean()).square().sum())) / (len(values) + 2) / len(values) for values in cells
+    ]
+    return mean > ONE_SIDED * sum(squares) ** 0.5
 
 
 def choose_round(
@@ -170,25 +171,27 @@ def choose_round(
 
     Of the refits it is the first whose worst-group accuracy on held-out examples is within ``tolerance`` standard
     errors of the best: what a small set cannot tell apart is settled by masking less (the one-standard-error rule of
-    Breiman et al. 1984).  The network stays as trained (index 0) if that refit is clearly worse (:func:`clearly_worse`,
-    over the typical and the atypical examples of each class), as where many classes share few held-out examples.
+    Breiman et al. 1984).
+
+    The network stays as trained (index 0) where the refit has nothing new to go by and is not clearly better
+    (:func:`clearly_better`, over the typical and the atypical examples of each class): the groups are unknown, or most
+    groups of atypical examples have fewer than 5 of them, as where many classes share few held-out examples.
 
     Args:
         rounds: from :func:`remove_in_rounds`.
         held_out: as there.
         typical: ``(C,)`` the typical group of each class.
         tolerance: see above.
-        groups_known: the held-out examples' groups say more than their classes.  Else the refit knows nothing that
-            training did not know, and must be clearly better to stay.
+        groups_known: the held-out examples' groups say more than their classes.
     """
     best = max(rounds[1:], key=lambda r: r.worst)
     refit = next(i for i, r in enumerate(rounds) if i > 0 and r.worst >= best.worst - tolerance * best.standard_error)
-    cell = 2 * held_out.y + (held_out.group != typical.to(held_out.group.device)[held_out.y])
-    if groups_known:
-        stays = clearly_worse(rounds[refit].right, rounds[0].right, cell)
-    else:
-        stays = not clearly_worse(rounds[0].right, rounds[refit].right, cell)
-    return 0 if stays else refit
+    atypical = held_out.group != typical.to(held_out.group.device)[held_out.y]
+    sizes = torch.bincount(held_out.group[atypical])
+    sizes = sizes[sizes > 0]
+    if groups_known and len(sizes) > 0 and int(sizes.median()) >= FEWEST_JUDGED:
+        return refit
+    return refit if clearly_better(rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical) else 0
 
 
 def _judged(group: Tensor) -> list[int]:
