@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,8 +148,8 @@ def clearly_better(right: Tensor, than: Tensor, cell: Tensor) -> bool:
     With :math:`d_s \in \{-1, 0, 1\}` the paired differences, and :math:`\bar d_k` their mean in cell :math:`k` of
     :math:`n_k`, the mean of the :math:`\bar d_k` over :math:`K` cells lies above 0 by more than 1.645 standard errors
     :math:`\tfrac{1}{K} \sqrt{\sum_k v_k / n_k}` (one-sided, 5%).  The variance
-    :math:`v_k = (2 + \sum_s (d_s - \bar d_k)^2) / (n_k + 2)` counts one more difference each way: that a few examples show
-    none is not certain.  Cells of fewer than 5 examples are left out.
+    :math:`v_k = (2 + \sum_s (d_s - \bar d_k)^2) / (n_k + 2)` counts one more difference each way, as a few examples
+    that show none prove little.  Cells of fewer than 5 examples are left out.
 
     Args:
         right: ``(S,)`` bool, whether the head is right on each example.
@@ -158,10 +159,9 @@ def clearly_better(right: Tensor, than: Tensor, cell: Tensor) -> bool:
     difference = right.float() - than.float()
     cells = [difference[cell == k] for k in _judged(cell)]
     mean = sum(float(values.mean()) for values in cells)
-    squares = [
-        (2 + float((values - values.mean()).square().sum())) / (len(values) + 2) / len(values) for values in cells
-    ]
-    return mean > ONE_SIDED * sum(squares) ** 0.5
+    variances = [(2 + float((values - values.mean()).square().sum())) / (len(values) + 2) for values in cells]
+    error = math.sqrt(sum(variance / len(values) for variance, values in zip(variances, cells, strict=True)))
+    return mean > ONE_SIDED * error
 
 
 def choose_round(
@@ -188,8 +188,8 @@ def choose_round(
     refit = next(i for i, r in enumerate(rounds) if i > 0 and r.worst >= best.worst - tolerance * best.standard_error)
     atypical = held_out.group != typical.to(held_out.group.device)[held_out.y]
     sizes = torch.bincount(held_out.group[atypical])
-    sizes = sizes[sizes > 0]
-    if groups_known and len(sizes) > 0 and int(sizes.median()) >= FEWEST_JUDGED:
+    sizes = sizes[sizes > 0].float()
+    if groups_known and len(sizes) > 0 and float(sizes.quantile(0.5)) >= FEWEST_JUDGED:
         return refit
     return refit if clearly_better(rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical) else 0
 
