@@ -56,8 +56,8 @@ class MemorizationRemover(Callback):
        groups in equal numbers, with the layers below at rest (:func:`demem.removal.remove_in_rounds`).  Of the rounds
        that cannot be told from the best on the worst inferred group, the one that masks least stays; it may mask
        nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.  Where no
-       shortcut was found, or most inferred minority groups have a handful of held-out examples, the network is left
-       as trained unless the refit is clearly better (:func:`demem.removal.choose_round`).
+       shortcut was found, or a class has several inferred minority groups with a handful of held-out examples each,
+       the network is left as trained unless the refit is clearly better (:func:`demem.removal.choose_round`).
     4. *Else* the whole gated network is fine-tuned for a few passes over one subset of the held-out examples with
        equally many of every inferred group, where these are enough to say how the features should change (64 of each
        class).  One subset, not a new one each pass: an example seen more often than others is fitted more closely.

@@ -174,8 +174,9 @@ def choose_round(
     Breiman et al. 1984).
 
     The network stays as trained (index 0) where the refit has nothing new to go by and is not clearly better
-    (:func:`clearly_better`, over the typical and the atypical examples of each class): the groups are unknown, or most
-    groups of atypical examples have fewer than 5 of them, as where many classes share few held-out examples.
+    (:func:`clearly_better`, over the typical and the atypical examples of each class): the groups are unknown, or the
+    atypical examples of a class are spread over several groups, most of which have fewer than 5, as where many classes
+    share few held-out examples.
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -189,7 +190,8 @@ def choose_round(
     atypical = held_out.group != typical.to(held_out.group.device)[held_out.y]
     sizes = torch.bincount(held_out.group[atypical])
     sizes = sizes[sizes > 0].float()
-    if groups_known and len(sizes) > 0 and float(sizes.quantile(0.5)) >= FEWEST_JUDGED:
+    several = len(sizes) > len(typical)  # to a class
+    if groups_known and len(sizes) > 0 and not (several and float(sizes.quantile(0.5)) < FEWEST_JUDGED):
         return refit
     return refit if clearly_better(rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical) else 0
 
