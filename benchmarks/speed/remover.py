@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
         for name, times in seconds.items():
             data = experiment.data()  # not timed: made anew, or read from disk
             start = time.perf_counter(), time.process_time()
-            experiment.fit(data=data, callbacks=[MemorizationRemover(seed=seed)] if name == "demem" else [])
+            remover = [MemorizationRemover(seed=seed)] if name == "demem" else []
+            experiment.fit(data=data, callbacks=remover, validate=True)  # both validate every epoch
             times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     row: dict[str, object] = {"what": "remover", "data": options.data, "threads": options.threads}
     for i, clock in enumerate(("s", "cpu_s")):
