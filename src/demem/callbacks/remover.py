@@ -335,8 +335,8 @@ class MemorizationRemover(Callback):
             atypical_share=self.atypical_share,
             l2=self.l2,
         )
-        known = self.use_groups or bool(self.probe["shortcut"])
-        chosen = trainer.strategy.broadcast(choose_round(rounds, held_out, self._typical, self.tolerance, known))
+        chosen = choose_round(rounds, held_out, self._typical, self.tolerance, self._knows_groups)
+        chosen = trainer.strategy.broadcast(chosen)
         self.rounds = [
             {"refit": i > 0, "share": r.share, "worst": r.worst, "chosen": i == chosen} for i, r in enumerate(rounds)
         ]

@@ -120,7 +120,7 @@ def remove_in_rounds(
         traced = fit_linear(train.features * gate, train.y, weights, l2, num_classes)
         if atypical is None:
             if typical is not None:
-                atypical = held_out.group != typical.to(held_out.group.device)[held_out.y]
+                atypical = _atypical(held_out, typical)
             if atypical is None or len(set(held_out.y[atypical].tolist())) < num_classes:
                 logits = traced(held_out.features)
                 atypical = atypical_by_margin(margins(logits, held_out.y), held_out.y, atypical_share, num_classes)
@@ -140,6 +140,11 @@ def largest_groups(y: Tensor, group: Tensor, num_classes: int) -> Tensor:
     return torch.stack(
         [(group[y == c].mode().values if bool((y == c).any()) else group.new_tensor(-1)) for c in range(num_classes)]
     )
+
+
+def _atypical(held_out: Examples, typical: Tensor) -> Tensor:
+    """Which held-out examples are not of their class's typical group: bool ``(S,)``."""
+    return held_out.group != typical.to(held_out.group.device)[held_out.y]
 
 
 def clearly_better(right: Tensor, than: Tensor, cell: Tensor) -> bool:
@@ -187,7 +192,7 @@ def choose_round(
     """
     best = max(rounds[1:], key=lambda r: r.worst)
     refit = next(i for i, r in enumerate(rounds) if i > 0 and r.worst >= best.worst - tolerance * best.standard_error)
-    atypical = held_out.group != typical.to(held_out.group.device)[held_out.y]
+    atypical = _atypical(held_out, typical)
     sizes = torch.bincount(held_out.group[atypical])
     sizes = sizes[sizes > 0].float()
     several = len(sizes) > len(typical)  # to a class

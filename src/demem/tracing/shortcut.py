@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from demem.linear import LinearHead, balanced_weights, crossfit_logits, fit_linear
+from demem.tracing.atypical import margins
 
 PROBE_L2 = 1e-2
 UNSURE = 0.05  # of the right answers, those with the smallest margins
@@ -34,7 +35,7 @@ class ShortcutProbe(NamedTuple):
         attribute: ``(S,)`` class that the probe names for each example without having seen it: the inferred attribute.
         head: the probe fitted on all examples, to name the attribute of others.
         error: mean over classes of the share of examples that the cross-fitted probe gets wrong.
-        sure: share of the mistakes whose margin (largest logit minus second) is above the 5% quantile of the margins
+        sure: share of the mistakes whose margin (largest logit minus second) is at least the 5% quantile of the margins
             of the right answers in the same class; 1 if there are no mistakes.
         found: whether they can be those of a shortcut: ``sure`` is at least ``min_sure``.
     """
@@ -93,8 +94,8 @@ def probe_shortcut(
 
 
 def _sure(logits: Tensor, y: Tensor) -> float:
-    top = logits.topk(2, dim=1)
-    margin, right = top.values[:, 0] - top.values[:, 1], top.indices[:, 0] == y
+    named = logits.argmax(1)
+    margin, right = margins(logits, named), named == y
     sure = torch.ones_like(right)
     for c in set(y[right].tolist()):
         sure[y == c] = margin[y == c] >= margin[right & (y == c)].quantile(UNSURE)
