@@ -179,6 +179,85 @@ def test_groups_given_are_used_without_a_shortcut():
     assert len([n for n in remover.probe["groups"] if n]) == 4
 
 
+def _parity(n, share, seed):
+    """Class in faint; the attribute is the parity of three bits, which a network must learn before a probe can read
+    it."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 2
+    a = torch.where(torch.rand(n, generator=generator) < share, y, torch.randint(0, 2, (n,), generator=generator))
+    bits = torch.randint(0, 2, (n, 2), generator=generator)
+    bits = torch.cat([bits, (bits.sum(1) + a)[:, None] % 2], 1)
+    x = 0.3 * torch.randn(n, 12, generator=generator)
+    x[:, :3] += 4.0 * bits - 2
+    x[:, 3] += 0.5 * y - 0.25
+    return TensorDataset(x, y, 2 * y + a)
+
+
+class _Fast(Net):
+    def __init__(self):
+        super().__init__(seed=1)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+HARD = _parity(3000, 0.9, 0)
+
+
+def test_looks_again_at_a_network_that_has_learned_the_shortcut():
+    truth, test = HARD.tensors[2], _parity(1000, 0.0, 2)
+    found, worst = {}, {}
+    for name, options in {"once": {"max_errors": (1, 0)}, "again": {}}.items():
+        remover = MemorizationRemover(probe_layers=["net.1", "net.3"], fine_tune=0, **options)
+        module, _ = _fit(remover, _Fast(), loaders=_loaders(HARD, _parity(200, 0.0, 1)))
+        found[name], worst[name] = float((remover._train_groups == truth).float().mean()), _worst(module, test)
+        assert remover.probe["epoch"] == (name == "again")
+        assert sum(remover.probe["groups"]) == len(HARD)
+    assert found["once"] < 0.9
+    assert found["again"] > 0.95
+    assert worst["again"] > worst["once"]
+
+
+def _drawn(remover, epochs=3):
+    labels = []
+
+    class Record(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            labels.append((trainer.current_epoch, batch[2]))
+
+    _fit(remover, epochs=epochs, callbacks=[Record()])
+    return [torch.cat([g for epoch, g in labels if epoch == e]) for e in range(epochs)]
+
+
+def test_first_epoch_is_left_alone_before_a_second_look():
+    plain = _drawn(None)
+    remover = MemorizationRemover(max_errors=(0, 0))  # always looks again, and never believes what it sees
+    drawn = _drawn(remover)
+    assert torch.equal(drawn[0], plain[0])
+    assert not torch.equal(drawn[1].bincount(), plain[1].bincount())
+    assert remover.probe["epoch"] == 0
+    first = MemorizationRemover(max_errors=(1, 0))
+    _fit(first, epochs=1)
+    assert torch.equal(remover._train_groups, first._train_groups)
+    # With one epoch there is no second look, and no reason to wait for it.
+    assert torch.equal(*(_drawn(MemorizationRemover(max_errors=m), epochs=1)[0] for m in ((0, 0), (1, 0))))
+
+
+def test_resumed_before_the_second_look(tmp_path):
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    whole, second = MemorizationRemover(max_errors=(0, 1)), MemorizationRemover(max_errors=(0, 1))
+    straight, _ = _fit(whole, callbacks=[Save()])
+    resumed, _ = _fit(second, ckpt_path=tmp_path / "first.ckpt")
+    assert second.probe == whole.probe
+    assert whole.probe["epoch"] == 1
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6), name
+
+
 def test_masked_units_are_gated(masks):
     remover = MemorizationRemover(shares=(0.5,))
     module, _ = _fit(remover)
@@ -438,6 +517,8 @@ def test_deepcopy_and_dry_run():
         (dict(atypical_share=0), "atypical_share"),
         (dict(atypical="loss"), "atypical must be"),
         (dict(tolerance=-1), "tolerance"),
+        (dict(max_errors=(0.2, 1.5)), "max_errors"),
+        (dict(max_errors=(0.2,)), "max_errors"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -508,12 +589,16 @@ def test_two_processes_equal_one(tmp_path, val):
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_the_same_network(tmp_path):
-    remover = MemorizationRemover()
+@pytest.mark.parametrize("max_errors", [(1, 0), (0, 1)], ids=["one look", "two looks"])
+def test_two_processes_end_with_the_same_network(tmp_path, max_errors):
+    remover = MemorizationRemover(max_errors=max_errors)
     record = _Record(remover, str(tmp_path / "s"))
     loaders = _loaders(val=MANY)
     _fit(remover, epochs=2, callbacks=[record], loaders=loaders, strategy="ddp_spawn", devices=2)
     first, second = (torch.load(tmp_path / f"s.{rank}", weights_only=True) for rank in range(2))
     assert first["callback"]["fine_tuned_on"] > 0
+    assert first["callback"]["probe"] == second["callback"]["probe"]
+    assert first["callback"]["probe"]["epoch"] == max_errors[1]
+    assert torch.equal(first["callback"]["train_groups"], second["callback"]["train_groups"])
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name

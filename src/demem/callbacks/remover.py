@@ -34,8 +34,9 @@ from demem.removal import (
 )
 from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
-from demem.tracing.shortcut import MIN_SURE, find_shortcut
+from demem.tracing.shortcut import MIN_SURE, PROGRESS, find_shortcut
 
+MAX_ERRORS = (0.25, 0.2)  # a minority is small; once trained, a network soon knows the class itself
 TRACED = 500  # training examples of each inferred group: what units and heads are traced on
 TUNED_ON = 64  # held-out examples of each class; fewer do not say how the features should change
 _NOTHING = torch.empty(0, dtype=torch.long)
@@ -48,7 +49,8 @@ class MemorizationRemover(Callback):
        earliest layer that tells the class well is probed, cross-fitted (:mod:`demem.tracing.shortcut`): the examples
        that the probe gets wrong go against the shortcut.  Class and probe together give every example an inferred
        group.  Where the probe is mostly unsure of its mistakes, they are merely hard: no shortcut was found, and the
-       groups are the classes.
+       groups are the classes.  Where it makes many, it follows no shortcut; then the first epoch is left alone, and the
+       network is probed again after it, when it leans on one itself.  A second probe with few mistakes counts instead.
     2. *During training* examples are drawn so that the inferred groups of all classes count the same, unless no
        shortcut was found.
     3. *After the last step, before its validation* the units that the head reads are scored by their impact on atypical
@@ -76,6 +78,9 @@ class MemorizationRemover(Callback):
             the first block or layer reads, and the outputs of blocks, stages or layers.
         min_sure: least share of sure ones among the probe's mistakes for a shortcut
             (:func:`demem.tracing.shortcut.probe_shortcut`); 0 always takes them for one.
+        max_errors: of a probe that follows a shortcut, as shares of the error (C − 1)/C of chance.  With a larger one
+            than the first, the network is probed again after the first epoch; with no larger one than the second, that
+            probe counts.  ``(1, 0)`` never looks again.
         shares: of the head's inputs that are masked, one a round, growing.
         atypical: the held-out examples that units are traced on: ``"group"``, those of inferred (with ``use_groups``,
             true) minority groups, or ``"margin"``, those with the lowest margins in each class.
@@ -91,9 +96,10 @@ class MemorizationRemover(Callback):
     Attributes:
         rounds: one dict for the head as trained (``refit`` is False), then one for each round: ``refit``, ``share``
             masked, ``worst`` inferred-group accuracy on held-out examples, ``chosen``.
-        probe: of the shortcut probe: ``site``, its layer; ``error``, cross-fitted; ``sure``, the share of its mistakes
-            that it is sure of; ``shortcut``, whether that is ``min_sure`` or more; ``groups``, how many training
-            examples each inferred group ``class · C + attribute`` has.
+        probe: of the shortcut probe: ``epoch``, 0 or 1, how many went before; ``site``, its layer; ``error``,
+            cross-fitted; ``sure``, the share of its mistakes that it is sure of; ``shortcut``, whether that is
+            ``min_sure`` or more; ``groups``, how many training examples each inferred group ``class · C + attribute``
+            has.
         fine_tuned_on: how many held-out examples the network was fine-tuned on; 0 if it was not.
 
     Raises:
@@ -110,6 +116,7 @@ class MemorizationRemover(Callback):
         use_groups: bool = False,
         probe_layers: str | Sequence[str] | None = None,
         min_sure: float = MIN_SURE,
+        max_errors: tuple[float, float] = MAX_ERRORS,
         shares: Sequence[float] = MASKED_SHARES,
         atypical: Literal["group", "margin"] = "group",
         atypical_share: float = 0.2,
@@ -132,14 +139,15 @@ class MemorizationRemover(Callback):
                 "l2 and fine_tune_lr must be above 0 and max_examples at least 1; "
                 f"got {l2}, {fine_tune_lr} and {max_examples}."
             )
-        if not 0 <= min_sure <= 1:
-            raise ValueError(f"min_sure is a share, in [0, 1]; got {min_sure}.")
+        if len(max_errors) != 2 or not all(0 <= share <= 1 for share in (min_sure, *max_errors)):
+            raise ValueError(f"min_sure and the two max_errors are shares, in [0, 1]; got {min_sure} and {max_errors}.")
         if atypical not in ("group", "margin"):
             raise ValueError(f"atypical must be 'group' or 'margin', got {atypical!r}.")
         self.rebalance = rebalance
         self.use_groups = use_groups
         self.probe_layers = probe_layers
         self.min_sure = min_sure
+        self.max_errors = max_errors
         self.shares = check_shares(shares)
         self.atypical = atypical
         self.atypical_share = atypical_share
@@ -158,6 +166,7 @@ class MemorizationRemover(Callback):
         self._loaded_gate: Tensor | None = None
         # Inferred (or, held out and with use_groups, true) groups of the examples that were read, in data set order.
         self._train_groups, self._held_out_groups, self._train_positions = _NOTHING, _NOTHING, _NOTHING
+        self._looks_again = False  # the first probe is a poor one, and the second is still to come
         self._typical = _NOTHING  # (C,) the largest group of each class in the training set
         self._removed_at_step = -1
         self._undo: Callable[[], None] | None = None  # puts the training loader's own sampler back
@@ -174,6 +183,7 @@ class MemorizationRemover(Callback):
             "train_groups": self._train_groups,
             "train_positions": self._train_positions,
             "held_out_groups": self._held_out_groups,
+            "looks_again": self._looks_again,
             "typical": self._typical,
             "removed_at_step": self._removed_at_step,
             "fine_tuned_on": self.fine_tuned_on,
@@ -186,6 +196,7 @@ class MemorizationRemover(Callback):
         self._train_groups = state_dict["train_groups"]
         self._train_positions = state_dict["train_positions"]
         self._held_out_groups = state_dict["held_out_groups"]
+        self._looks_again = bool(state_dict["looks_again"])
         self._typical = state_dict["typical"]
         self._removed_at_step = int(state_dict["removed_at_step"])
         self.fine_tuned_on = int(state_dict["fine_tuned_on"])
@@ -207,12 +218,16 @@ class MemorizationRemover(Callback):
             self._loaded_gate = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loader = held_out_loader(trainer)
+        held_out_loader(trainer)  # refused now rather than after training, if there is none
         if len(self._train_groups) == 0 and not _is_dry_run(trainer):
-            self._infer_groups(trainer, pl_module, loader)
+            self._infer_groups(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.rebalance or _is_dry_run(trainer) or not self._knows_groups:
+        if _is_dry_run(trainer):
+            return
+        if trainer.current_epoch == 1 and self._looks_again:
+            self._infer_groups(trainer, pl_module, epoch=1)
+        if not self.rebalance or not self._knows_groups or (self._looks_again and trainer.max_epochs != 1):
             return
         # Anew every epoch, for loaders that are reloaded between epochs.
         self._restore_sampler()
@@ -266,7 +281,9 @@ class MemorizationRemover(Callback):
             self._site = Site(f"{name}:input", head, "input", head.in_features)
             self._gates = Gates([self._site])
 
-    def _infer_groups(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]) -> None:
+    def _infer_groups(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int = 0) -> None:
+        """Step 1; after an epoch the layer that tells the class best is probed, which speaks for the network."""
+        loader = held_out_loader(trainer)
         sites = self._probe_sites(pl_module)
         classes = self._num_classes()
         train, y, _, positions = self._read(trainer, pl_module, train_loader(trainer), sites, "finding the shortcut")
@@ -282,7 +299,12 @@ class MemorizationRemover(Callback):
                 f"Class {absent} is absent from the {len(held_y)} validation examples, so its units cannot be traced. "
                 "Use a validation set with every class (is limit_val_batches too small, or the set sorted by class?)."
             )
-        probe = find_shortcut(train, y, classes, min_sure=self.min_sure)
+        probe = find_shortcut(train, y, classes, PROGRESS if epoch == 0 else 1.0, min_sure=self.min_sure)
+        large = probe.error > self.max_errors[epoch] * (1 - 1 / classes)
+        large = trainer.strategy.broadcast(large)  # what follows from it must be the same on all processes
+        self._looks_again = large and epoch == 0
+        if large and epoch == 1:
+            return
         if self.use_groups:
             if held_group is None:
                 raise ValueError(
@@ -298,13 +320,10 @@ class MemorizationRemover(Callback):
         self._held_out_groups = trainer.strategy.broadcast(held_out_groups.cpu())
         self._train_positions = positions.cpu()
         self._typical = largest_groups(y.cpu(), self._train_groups, classes)
-        counts = torch.bincount(self._train_groups).tolist()
+        found = {"epoch": epoch, "site": probe.site, "error": probe.error, "sure": probe.sure, "shortcut": probe.found}
         self.probe = {
-            "site": probe.site,
-            "error": probe.error,
-            "sure": probe.sure,
-            "shortcut": probe.found,
-            "groups": counts,
+            **trainer.strategy.broadcast(found),
+            "groups": torch.bincount(self._train_groups).tolist(),
         }
 
     @property

@@ -23,6 +23,7 @@ from demem.linear import LinearHead, balanced_weights, crossfit_logits, fit_line
 from demem.tracing.atypical import margins
 
 PROBE_L2 = 1e-2
+PROGRESS = 0.8  # from chance to the best layer
 UNSURE = 0.05  # of the right answers, those with the smallest margins
 MIN_SURE = 1 / 3  # of the mistakes; for hard examples up to .28 was seen, for shortcuts from .42
 
@@ -106,7 +107,7 @@ def find_shortcut(
     features: Mapping[str, Tensor],
     y: Tensor,
     num_classes: int,
-    progress: float = 0.8,
+    progress: float = PROGRESS,
     l2: float = PROBE_L2,
     min_sure: float = MIN_SURE,
 ) -> ShortcutProbe:
