@@ -100,6 +100,24 @@ def test_a_loss_that_is_not_finite_puts_the_weights_back(monkeypatch):
     assert remover.fine_tuned_on == 0
 
 
+def test_weights_that_are_not_finite_are_put_back(monkeypatch):
+    loaders = _loaders(val=MANY, batch_size=512)
+    plain, _ = _fit(MemorizationRemover(fine_tune=0), loaders=loaders)
+    cross_entropy = nn.functional.cross_entropy
+
+    class Functional:
+        @staticmethod
+        def cross_entropy(logits, y):  # finite, but its gradient is not
+            return cross_entropy(logits, y) + (0 * logits.sum()).sqrt()
+
+    monkeypatch.setattr("demem.callbacks._tuning.F", Functional)
+    remover = MemorizationRemover(fine_tune=1)  # one step
+    with pytest.warns(UserWarning, match="not finite; the weights are those before"):
+        module, _ = _fit(remover, loaders=loaders)
+    assert torch.equal(_parameters(plain), _parameters(module))
+    assert remover.fine_tuned_on == 0
+
+
 def test_iterable_held_out_data_is_not_tuned_on():
     class Stream(IterableDataset):
         def __iter__(self):

@@ -33,8 +33,8 @@ def fine_tune(
     The step is Adam's own, not the trainer's: with frozen statistics, in evaluation mode, a learning rate that suits
     batch norm in training tears a network apart, and Adam's steps have the same size whatever the scale of the loss.
     Batch-norm statistics, the random state and the trainer's optimizers stay as they are; dropout is off.  Every
-    process does the same steps; the weights of the first one count.  Should the loss not be finite, all weights are put
-    back and a warning tells so.
+    process does the same steps; the weights of the first one count.  Should the loss or a weight not be finite, all
+    weights are put back and a warning tells so.
 
     Args:
         trainer, pl_module: of the run.
@@ -52,30 +52,33 @@ def fine_tune(
     parameters = [p for p in pl_module.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
     generator = torch.Generator().manual_seed(seed)
+    finite = True
     with undisturbed(trainer, pl_module, grad=True), _full_precision_for_fp16(trainer):
         optimizer = torch.optim.Adam(parameters, lr)
         steps = epochs * math.ceil(len(positions) / batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(epochs):
-            order = positions[torch.randperm(len(positions), generator=generator)]
-            for batch in batches_of(trainer, pl_module, loader, order, batch_size):
-                loss = F.cross_entropy(apply_model(model, batch.x).float(), batch.y)
-                if not bool(loss.isfinite()):
-                    with torch.no_grad():
-                        for parameter, value in zip(parameters, before, strict=True):
-                            parameter.copy_(value)
-                    warnings.warn(
-                        "Fine-tuning on held-out examples gave a loss that is not finite; the weights are those before "
-                        "it. fine_tune=0 leaves it out.",
-                        stacklevel=2,
-                    )
-                    optimizer.zero_grad()
-                    return False
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
+        orders = [positions[torch.randperm(len(positions), generator=generator)] for _ in range(epochs)]
+        for batch in (b for order in orders for b in batches_of(trainer, pl_module, loader, order, batch_size)):
+            loss = F.cross_entropy(apply_model(model, batch.x).float(), batch.y)
+            finite = bool(loss.isfinite())
+            if not finite:
+                break
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
         optimizer.zero_grad()
+    finite = finite and all(bool(parameter.isfinite().all()) for parameter in parameters)
+    if not trainer.strategy.reduce_boolean_decision(finite):  # the same for all processes
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        warnings.warn(
+            "Fine-tuning on held-out examples gave a loss or weights that are not finite; the weights are those before "
+            "it. fine_tune=0 leaves it out.",
+            stacklevel=2,
+        )
+        return False
     if trainer.world_size > 1:
         for parameter in parameters:
             dist.broadcast(parameter.data, 0)

@@ -85,13 +85,20 @@ def probe_shortcut(
     Raises:
         ValueError: a class has fewer than two examples, or a feature is not finite.
     """
-    weights = balanced_weights(y)
-    logits = crossfit_logits(features, y, weights, l2, num_classes)
-    attribute = logits.argmax(1)
-    wrong = (attribute != y).float()
-    error = torch.stack([wrong[y == c].mean() for c in range(num_classes) if bool((y == c).any())]).mean()
-    head, sure = fit_linear(features, y, weights, l2, num_classes), _sure(logits, y)
-    return ShortcutProbe(site, attribute, head, float(error), sure, sure >= min_sure)
+    logits = crossfit_logits(features, y, balanced_weights(y), l2, num_classes)
+    return _probe(features, y, num_classes, site, l2, min_sure, logits)
+
+
+def _probe(
+    features: Tensor, y: Tensor, num_classes: int, site: str, l2: float, min_sure: float, logits: Tensor
+) -> ShortcutProbe:
+    head, sure = fit_linear(features, y, balanced_weights(y), l2, num_classes), _sure(logits, y)
+    return ShortcutProbe(site, logits.argmax(1), head, _error(logits, y), sure, sure >= min_sure)
+
+
+def _error(logits: Tensor, y: Tensor) -> float:
+    wrong = (logits.argmax(1) != y).float()
+    return float(torch.stack([wrong[y == c].mean() for c in sorted(set(y.tolist()))]).mean())
 
 
 def _sure(logits: Tensor, y: Tensor) -> float:
@@ -130,7 +137,11 @@ def find_shortcut(
     """
     if not features or not 0 <= progress <= 1:
         raise ValueError("find_shortcut needs at least one layer, and progress in [0, 1].")
-    probes = [probe_shortcut(values, y, num_classes, name, l2, min_sure) for name, values in features.items()]
-    chance, best = 1 - 1 / num_classes, min(probe.error for probe in probes)
+    weights = balanced_weights(y)
+    logits = {name: crossfit_logits(values, y, weights, l2, num_classes) for name, values in features.items()}
+    errors = {name: _error(values, y) for name, values in logits.items()}
+    chance, best = 1 - 1 / num_classes, min(errors.values())
     # Where even the best is no better than chance, any layer is as good as another.
-    return next(probe for probe in probes if probe.error <= max(best, chance - progress * (chance - best)))
+    enough = max(best, chance - progress * (chance - best))
+    site = next(name for name, error in errors.items() if error <= enough)
+    return _probe(features[site], y, num_classes, site, l2, min_sure, logits[site])
