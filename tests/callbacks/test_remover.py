@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from demem.callbacks import MemorizationRemover, WorstGroupMonitor
 from demem.removal import worst_group
+from demem.tracing.shortcut import find_shortcut
 
 QUIET = dict(
     accelerator="cpu",
@@ -241,6 +242,22 @@ def test_first_epoch_is_left_alone_before_a_second_look():
     assert torch.equal(remover._train_groups, first._train_groups)
     # With one epoch there is no second look, and no reason to wait for it.
     assert torch.equal(*(_drawn(MemorizationRemover(max_errors=m), epochs=1)[0] for m in ((0, 0), (1, 0))))
+
+
+@pytest.mark.parametrize(
+    ("error", "epoch", "shortcut"), [(0.05, 1, True), (0.1, 1, False), (0.2, 0, True)], ids=["few", "halved", "many"]
+)
+def test_what_the_second_look_says(monkeypatch, error, epoch, shortcut):
+    errors = iter([0.3, error])
+    probed = lambda *args, **options: find_shortcut(*args, **options)._replace(error=next(errors))  # noqa: E731
+    monkeypatch.setattr("demem.callbacks.remover.find_shortcut", probed)
+    remover = MemorizationRemover()
+    _fit(remover)
+    assert remover.probe["epoch"] == epoch
+    assert remover.probe["shortcut"] == shortcut
+    assert remover.probe["error"] == (error if epoch else 0.3)
+    classes = 3 * TRAIN.tensors[1]
+    assert torch.equal(remover._train_groups, classes) == (not shortcut)
 
 
 def test_resumed_before_the_second_look(tmp_path):

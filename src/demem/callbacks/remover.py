@@ -36,7 +36,7 @@ from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
 from demem.tracing.shortcut import MIN_SURE, PROGRESS, find_shortcut
 
-MAX_ERRORS = (0.25, 0.2)  # a minority is small; once trained, a network soon knows the class itself
+MAX_ERRORS = (0.25, 0.15)  # a minority is small; once trained, a network soon knows the class itself
 TRACED = 500  # training examples of each inferred group: what units and heads are traced on
 TUNED_ON = 64  # held-out examples of each class; fewer do not say how the features should change
 _NOTHING = torch.empty(0, dtype=torch.long)
@@ -50,7 +50,8 @@ class MemorizationRemover(Callback):
        that the probe gets wrong go against the shortcut.  Class and probe together give every example an inferred
        group.  Where the probe is mostly unsure of its mistakes, they are merely hard: no shortcut was found, and the
        groups are the classes.  Where it makes many, it follows no shortcut; then the first epoch is left alone, and the
-       network is probed again after it, when it leans on one itself.  A second probe with few mistakes counts instead.
+       network is probed again after it, when it leans on one itself.  A second probe with few mistakes counts instead;
+       if it makes at most half as many as the first, yet not few, those were merely hard, too.
     2. *During training* examples are drawn so that the inferred groups of all classes count the same, unless no
        shortcut was found.
     3. *After the last step, before its validation* the units that the head reads are scored by their impact on atypical
@@ -78,9 +79,8 @@ class MemorizationRemover(Callback):
             the first block or layer reads, and the outputs of blocks, stages or layers.
         min_sure: least share of sure ones among the probe's mistakes for a shortcut
             (:func:`demem.tracing.shortcut.probe_shortcut`); 0 always takes them for one.
-        max_errors: of a probe that follows a shortcut, as shares of the error (C − 1)/C of chance.  With a larger one
-            than the first, the network is probed again after the first epoch; with no larger one than the second, that
-            probe counts.  ``(1, 0)`` never looks again.
+        max_errors: of a probe that follows a shortcut, before training and after the first epoch, as shares of chance's
+            error (C − 1)/C.  With a larger one than the first, the network is probed again; ``(1, 0)`` never does.
         shares: of the head's inputs that are masked, one a round, growing.
         atypical: the held-out examples that units are traced on: ``"group"``, those of inferred (with ``use_groups``,
             true) minority groups, or ``"margin"``, those with the lowest margins in each class.
@@ -300,11 +300,13 @@ class MemorizationRemover(Callback):
                 "Use a validation set with every class (is limit_val_batches too small, or the set sorted by class?)."
             )
         probe = find_shortcut(train, y, classes, PROGRESS if epoch == 0 else 1.0, min_sure=self.min_sure)
-        large = probe.error > self.max_errors[epoch] * (1 - 1 / classes)
-        large = trainer.strategy.broadcast(large)  # what follows from it must be the same on all processes
+        error = trainer.strategy.broadcast(probe.error)  # what follows from it must be the same on all processes
+        large = error > self.max_errors[epoch] * (1 - 1 / classes)
         self._looks_again = large and epoch == 0
         if large and epoch == 1:
-            return
+            if error > self.probe["error"] / 2:
+                return
+            probe = probe._replace(found=False)
         if self.use_groups:
             if held_group is None:
                 raise ValueError(
