@@ -197,8 +197,13 @@ def _interval(values: list[float]) -> float:
 def _panels(count: int, width: float = 5.0, height: float = 3.6) -> tuple[Any, list[Any]]:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False, layout="constrained")
-    return figure, list(axes[0])
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for spare in axes.flat[count:]:
+        spare.remove()
+    return figure, list(axes.flat[:count])
 
 
 def _save(figure: Any, path: Path) -> Path:
