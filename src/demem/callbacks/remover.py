@@ -80,7 +80,8 @@ class MemorizationRemover(Callback):
         min_sure: least share of sure ones among the probe's mistakes for a shortcut
             (:func:`demem.tracing.shortcut.probe_shortcut`); 0 always takes them for one.
         max_errors: of a probe that follows a shortcut, before training and after the first epoch, as shares of chance's
-            error (C − 1)/C.  With a larger one than the first, the network is probed again; ``(1, 0)`` never does.
+            error (C − 1)/C.  With a larger one than the first, the network is probed again; the second tells what few
+            mistakes are then.  ``(1, 0)`` never looks again.
         shares: of the head's inputs that are masked, one a round, growing.
         atypical: the held-out examples that units are traced on: ``"group"``, those of inferred (with ``use_groups``,
             true) minority groups, or ``"margin"``, those with the lowest margins in each class.
@@ -323,10 +324,7 @@ class MemorizationRemover(Callback):
         self._train_positions = positions.cpu()
         self._typical = largest_groups(y.cpu(), self._train_groups, classes)
         found = {"epoch": epoch, "site": probe.site, "error": probe.error, "sure": probe.sure, "shortcut": probe.found}
-        self.probe = {
-            **trainer.strategy.broadcast(found),
-            "groups": torch.bincount(self._train_groups).tolist(),
-        }
+        self.probe = {**trainer.strategy.broadcast(found), "groups": torch.bincount(self._train_groups).tolist()}
 
     @property
     def _knows_groups(self) -> bool:
