@@ -219,14 +219,15 @@ def test_looks_again_at_a_network_that_has_learned_the_shortcut():
     assert worst["again"] > worst["once"]
 
 
-def _drawn(remover, epochs=3):
+def _drawn(remover, epochs=3, loaders=None):
+    """Groups of the training examples that were drawn, epoch by epoch."""
     labels = []
 
     class Record(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             labels.append((trainer.current_epoch, batch[2]))
 
-    _fit(remover, epochs=epochs, callbacks=[Record()])
+    _fit(remover, epochs=epochs, callbacks=[Record()], loaders=loaders)
     return [torch.cat([g for epoch, g in labels if epoch == e]) for e in range(epochs)]
 
 
@@ -260,14 +261,18 @@ def test_what_the_second_look_says(monkeypatch, error, epoch, shortcut):
     assert torch.equal(remover._train_groups, classes) == (not shortcut)
 
 
-def test_resumed_before_the_second_look(tmp_path):
-    class Save(pl.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.current_epoch == 0:
-                trainer.save_checkpoint(tmp_path / "first.ckpt")
+class _Save(pl.Callback):
+    def __init__(self, epoch, path):
+        self.epoch, self.path = epoch, path
 
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+
+
+def test_resumed_before_the_second_look(tmp_path):
     whole, second = MemorizationRemover(max_errors=(0, 1)), MemorizationRemover(max_errors=(0, 1))
-    straight, _ = _fit(whole, callbacks=[Save()])
+    straight, _ = _fit(whole, callbacks=[_Save(0, tmp_path / "first.ckpt")])
     resumed, _ = _fit(second, ckpt_path=tmp_path / "first.ckpt")
     assert second.probe == whole.probe
     assert whole.probe["epoch"] == 1
@@ -289,12 +294,7 @@ def test_resumed_run_equals_an_uninterrupted_one(masks, tmp_path):
     whole, straight = MemorizationRemover(), None
     straight, _ = _fit(whole, epochs=4)
 
-    class SaveAndStop(pl.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.current_epoch == 1:
-                trainer.save_checkpoint(tmp_path / "half.ckpt")
-
-    _fit(MemorizationRemover(), epochs=4, callbacks=[SaveAndStop()])
+    _fit(MemorizationRemover(), epochs=4, callbacks=[_Save(1, tmp_path / "half.ckpt")])
     second = MemorizationRemover()
     resumed, _ = _fit(second, epochs=4, ckpt_path=tmp_path / "half.ckpt")
     for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
@@ -330,17 +330,11 @@ def test_does_not_disturb_training_without_rebalance():
 
 
 def test_rebalancing_draws_inferred_groups_alike():
-    seen = []
-
-    class Count(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            seen.append(batch[2])
-
     loaders = _loaders()
     own = loaders["train_dataloaders"].batch_sampler.sampler
-    _fit(MemorizationRemover(), epochs=20, callbacks=[Count()], loaders=loaders)
+    drawn = torch.cat(_drawn(MemorizationRemover(), 20, loaders))
     assert loaders["train_dataloaders"].batch_sampler.sampler is own  # the user's loader is as it was
-    share = torch.bincount(torch.cat(seen), minlength=4).float() / len(torch.cat(seen))
+    share = torch.bincount(drawn, minlength=4).float() / len(drawn)
     natural = torch.bincount(TRAIN.tensors[2]).float() / len(TRAIN)
     assert natural.min() < 0.07
     assert share.min() > 2 * natural.min()

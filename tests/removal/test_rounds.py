@@ -136,8 +136,9 @@ def test_clearly_better_is_a_paired_test_over_cells():
         rows = [d[k == c] for c in range(3)]
         variances = [(((row - row.mean()) ** 2).sum() + 2) / (len(row) + 2) for row in rows]
         error = np.sqrt(sum(v / len(row) for v, row in zip(variances, rows, strict=True))) / 3
-        seen.add(bool(np.mean([row.mean() for row in rows]) / error > 1.645))
-        assert clearly_better(right, than, cell) == (np.mean([row.mean() for row in rows]) / error > 1.645)
+        expected = bool(np.mean([row.mean() for row in rows]) / error > 1.645)
+        seen.add(expected)
+        assert clearly_better(right, than, cell) == expected
     assert seen == {True, False}
     assert not clearly_better(than, right, cell)
     assert not clearly_better(right, right, cell)

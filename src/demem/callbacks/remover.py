@@ -301,13 +301,17 @@ class MemorizationRemover(Callback):
                 "Use a validation set with every class (is limit_val_batches too small, or the set sorted by class?)."
             )
         probe = find_shortcut(train, y, classes, PROGRESS if epoch == 0 else 1.0, min_sure=self.min_sure)
-        error = trainer.strategy.broadcast(probe.error)  # what follows from it must be the same on all processes
-        large = error > self.max_errors[epoch] * (1 - 1 / classes)
+        # What follows from it must be the same on all processes.
+        found: dict[str, Any] = trainer.strategy.broadcast(
+            {"epoch": epoch, "site": probe.site, "error": probe.error, "sure": probe.sure, "shortcut": probe.found}
+        )
+        large = found["error"] > self.max_errors[epoch] * (1 - 1 / classes)
         self._looks_again = large and epoch == 0
         if large and epoch == 1:
-            if error > self.probe["error"] / 2:
+            if found["error"] > self.probe["error"] / 2:
                 return
-            probe = probe._replace(found=False)
+            found["shortcut"] = False
+        probe = probe._replace(found=found["shortcut"])
         if self.use_groups:
             if held_group is None:
                 raise ValueError(
@@ -323,8 +327,7 @@ class MemorizationRemover(Callback):
         self._held_out_groups = trainer.strategy.broadcast(held_out_groups.cpu())
         self._train_positions = positions.cpu()
         self._typical = largest_groups(y.cpu(), self._train_groups, classes)
-        found = {"epoch": epoch, "site": probe.site, "error": probe.error, "sure": probe.sure, "shortcut": probe.found}
-        self.probe = {**trainer.strategy.broadcast(found), "groups": torch.bincount(self._train_groups).tolist()}
+        self.probe = {**found, "groups": torch.bincount(self._train_groups).tolist()}
 
     @property
     def _knows_groups(self) -> bool:

@@ -85,15 +85,7 @@ def probe_shortcut(
     Raises:
         ValueError: a class has fewer than two examples, or a feature is not finite.
     """
-    logits = crossfit_logits(features, y, balanced_weights(y), l2, num_classes)
-    return _probe(features, y, num_classes, site, l2, min_sure, logits)
-
-
-def _probe(
-    features: Tensor, y: Tensor, num_classes: int, site: str, l2: float, min_sure: float, logits: Tensor
-) -> ShortcutProbe:
-    head, sure = fit_linear(features, y, balanced_weights(y), l2, num_classes), _sure(logits, y)
-    return ShortcutProbe(site, logits.argmax(1), head, _error(logits, y), sure, sure >= min_sure)
+    return find_shortcut({site: features}, y, num_classes, l2=l2, min_sure=min_sure)
 
 
 def _error(logits: Tensor, y: Tensor) -> float:
@@ -144,4 +136,5 @@ def find_shortcut(
     # Where even the best is no better than chance, any layer is as good as another.
     enough = max(best, chance - progress * (chance - best))
     site = next(name for name, error in errors.items() if error <= enough)
-    return _probe(features[site], y, num_classes, site, l2, min_sure, logits[site])
+    head, sure = fit_linear(features[site], y, weights, l2, num_classes), _sure(logits[site], y)
+    return ShortcutProbe(site, logits[site].argmax(1), head, errors[site], sure, sure >= min_sure)
