@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     ("compare",): "benchmarks.compare",
+    ("ceiling",): "benchmarks.ceiling",
     ("papers", "measures"): "benchmarks.papers.measures",
     ("papers", "tracing"): "benchmarks.papers.tracing",
     ("speed", "measures"): "benchmarks.speed.measures",

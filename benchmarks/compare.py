@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         if "tuned" in row.get("config", {}):
             settings.choices.setdefault((row["data"], row["method"], row["held_out"]), row["config"]["tuned"])
 
-    _quiet()
+    quiet()
     threads = torch.get_num_threads()
     last: tuple[str, int] | None = None
     columns = (
@@ -191,7 +191,7 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Only our own progress display; Lightning's remarks on workers, loggers and GPUs are of no use here."""
     os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch"):

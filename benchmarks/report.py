@@ -133,12 +133,12 @@ def summarise(rows: list[Row]) -> list[list[str]]:
         lines.append(
             [
                 *name,
-                _spread([row["worst_group_acc"] for row in these]),
+                spread([row["worst_group_acc"] for row in these]),
                 difference,
                 p,
-                _spread([row["avg_acc"] for row in these]),
-                _spread([row["adjusted_avg_acc"] for row in these]),
-                _spread(train),
+                spread([row["avg_acc"] for row in these]),
+                spread([row["adjusted_avg_acc"] for row in these]),
+                spread(train),
                 str(len(these)),
                 f"{mean(row['seconds'] for row in these):.0f}",
             ]
@@ -181,7 +181,7 @@ def draw_figures(out: Path, rows: list[Row]) -> list[Path]:
     return [figure for figure in figures if figure is not None]
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
