@@ -613,3 +613,50 @@ def test_two_processes_end_with_the_same_network(tmp_path, max_errors):
     assert torch.equal(first["callback"]["train_groups"], second["callback"]["train_groups"])
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
+
+
+class _TakeBack(pl.Callback):
+    """Puts the weights of the last epoch but one back when training ends."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.state = copy.deepcopy(pl_module.state_dict())
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.load_state_dict(self.state)
+
+
+def _ema(decay):
+    if not hasattr(pl.callbacks, "EMAWeightAveraging"):
+        pytest.skip("this version of Lightning has no EMAWeightAveraging")
+    return pl.callbacks.EMAWeightAveraging(decay=decay)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        _TakeBack,
+        lambda: pl.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=2),
+        lambda: _ema(decay=0.9),
+    ],
+)
+def test_weights_that_another_callback_writes_at_the_end_are_treated_too(make, first, masks):
+    remover, other = MemorizationRemover(), make()
+    with pytest.warns(UserWarning, match="changed the weights when training ended"):
+        module, _ = _fit(callbacks=[remover, other] if first else [other, remover])
+    plain, _ = _fit(callbacks=[make()])
+    assert _worst(module) > _worst(plain) + 0.1
+    masked = remover._gates[remover._site.name] == 0
+    assert bool(masked.any())
+    assert bool((module.net[4].weight[:, masked] == 0).all())
+
+
+def test_averaging_before_the_remover_is_refused_where_buffers_would_be_mixed_up():
+    class Weighted(Net):
+        def __init__(self):
+            super().__init__()
+            self.loss = nn.CrossEntropyLoss(weight=torch.ones(2))  # a buffer after the head's
+
+    with pytest.raises(ValueError, match="List MemorizationRemover before EMAWeightAveraging"):
+        _fit(module=Weighted(), callbacks=[_ema(0.9), MemorizationRemover()])
+    _fit(module=Weighted(), callbacks=[MemorizationRemover(), _ema(0.9)], epochs=1)

@@ -65,6 +65,9 @@ class MemorizationRemover(Callback):
        equally many of every inferred group, where these are enough to say how the features should change (64 of each
        class).  One subset, not a new one each pass: an example seen more often than others is fitted more closely.
 
+    Where another callback writes its own weights when training ends (averaged ones, or the best epoch's), steps 3 and 4
+    are done again, on those.
+
     From then on validation, testing, checkpoints and prediction see the gated model.  The refitted head has the weight
     0 at masked units, so a checkpoint gives the same outputs without demem.
 
@@ -105,7 +108,8 @@ class MemorizationRemover(Callback):
 
     Raises:
         ValueError: before training: no validation data, layers that match nothing, labels out of range, a class absent
-            from the validation data, groups asked for but not in the batch, activations that are not finite.
+            from the validation data, groups asked for but not in the batch, activations that are not finite, a callback
+            that averages weights listed before this one where that would mix up buffers.
 
     Source: own; the parts are related to Bansal et al. 2022 and You et al. 2025 (tracing and masking), and to
     Kirichenko et al. 2023 (last-layer refit).
@@ -170,6 +174,7 @@ class MemorizationRemover(Callback):
         self._looks_again = False  # the first probe is a poor one, and the second is still to come
         self._typical = _NOTHING  # (C,) the largest group of each class in the training set
         self._removed_at_step = -1
+        self._written: Tensor | None = None  # the head's weight after step 4
         self._undo: Callable[[], None] | None = None  # puts the training loader's own sampler back
 
     @property
@@ -211,6 +216,7 @@ class MemorizationRemover(Callback):
         # configure_model gets them in on_fit_start, where demem keeps the processes equal by broadcasting itself.
         if stage == "fit" and any(isinstance(module, nn.Linear) for module in pl_module.modules()):
             self._make_gates(pl_module)
+            _check_order(trainer, pl_module, self, self._gates)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._make_gates(pl_module)
@@ -265,6 +271,21 @@ class MemorizationRemover(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_sampler()
+        if self._gates is None or self._written is None:
+            return
+        # Stochastic and exponential weight averaging, or a callback that takes the best epoch's weights back, write
+        # theirs when training ends.
+        changed = not torch.equal(self._site.module.weight, self._written)  # type: ignore[arg-type]
+        if trainer.strategy.reduce_boolean_decision(changed, all=False):
+            self._gates[self._site.name] = torch.ones(self._site.require_num_units())
+            self._remove(trainer, pl_module)
+            warnings.warn(
+                "Another callback changed the weights when training ended, so units were removed anew, from the new "
+                "weights, after the last validation. Run trainer.validate(model) for accuracies of the gated model, "
+                "and save a checkpoint of it with trainer.save_checkpoint(path).",
+                stacklevel=2,
+            )
+        self._written = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_sampler()
@@ -368,6 +389,7 @@ class MemorizationRemover(Callback):
             _write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
             self.fine_tuned_on = self._fine_tune(trainer, pl_module, held_out, positions)
         self._removed_at_step = trainer.global_step
+        self._written = self._site.module.weight.detach().clone()  # type: ignore[operator]
 
     def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Examples, Examples, Tensor]:
         """What the head reads of some training examples and of the held-out ones, and the latter's positions."""
@@ -440,6 +462,17 @@ class MemorizationRemover(Callback):
         features = {name: gather_rows(trainer, where, torch.cat(values)) for name, values in rows.items()}
         group = gather_rows(trainer, where, torch.cat(groups)) if len(groups) == len(labels) else None
         return features, gather_rows(trainer, where, torch.cat(labels)), group, gather_rows(trainer, where, where)
+
+
+def _check_order(trainer: pl.Trainer, pl_module: pl.LightningModule, remover: Callback, gates: Gates | None) -> None:
+    """Lightning's weight averaging pairs the buffers of the module with those of a copy from its own ``setup``, in
+    order."""
+    buffers = list(pl_module.buffers())
+    if gates is None or not buffers or buffers[-1] is gates.buffers()[-1]:
+        return
+    for callback in trainer.callbacks[: trainer.callbacks.index(remover)]:  # type: ignore[attr-defined]
+        if any(c.__name__ == "WeightAveraging" for c in type(callback).__mro__):
+            raise ValueError(f"List MemorizationRemover before {type(callback).__name__} in the Trainer's callbacks.")
 
 
 def _other_data() -> ValueError:
