@@ -77,7 +77,7 @@ class Classifier(pl.LightningModule):
         loss = self.loss(logits, example)
         if not bool(torch.isfinite(loss)):
             raise ValueError(
-                f"The training loss is {float(loss)} at step {self.global_step}. Lower the learning rate "
+                f"The training loss is {float(loss.detach())} at step {self.global_step}. Lower the learning rate "
                 f"(lr={self.lr}), look for NaN in the inputs, or use a higher precision."
             )
         self.log("train/loss", loss, batch_size=len(example.y))

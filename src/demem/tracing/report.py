@@ -156,6 +156,7 @@ def trace(
             columns[name] = _cpu(score_units(name, model, sites, batches, atypical=chosen, ranks=ranks, **keywords))
             continue
         impact = IMPACTS[name](model, sites, batches, ranks=ranks, **keywords)
+        impact = {site: rows.float() for site, rows in impact.items()}  # a mean in bfloat16 has three digits
         columns[name] = _cpu(impact_score(impact, y, chosen, ranks))
         everyone = {site: ranks.gather(rows) for site, rows in impact.items()}
         impacts[name] = _cpu(everyone)
@@ -220,4 +221,4 @@ def picture_grid(images: Tensor, titles: Sequence[str], path: str | Path, column
 
 
 def _cpu(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in values.items()}
+    return {name: value.detach().float().cpu() for name, value in values.items()}
