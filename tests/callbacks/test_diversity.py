@@ -225,3 +225,19 @@ def test_two_processes_equal_one(tmp_path, max_examples):
     for name, value in alone.items():
         if name != "step":
             assert first[name] == pytest.approx(value, abs=1e-5)
+
+
+def test_layers_that_do_not_run_are_left_out_unless_named():
+    class Projector(Net):
+        def __init__(self):
+            super().__init__()
+            self.projector = nn.Linear(12, 4)
+
+    def watched(**options):
+        monitor = ActivationDiversityMonitor(**options)
+        pl.Trainer(**QUIET, max_epochs=1, callbacks=[monitor]).fit(Projector(), **loaders())
+        return monitor
+
+    assert list(watched().latest.entropy) == ["net.0", "net.3", "fc"]
+    with pytest.raises(RuntimeError, match=r"did not run in the forward pass.*projector"):
+        watched(layers=["net.0", "projector"])

@@ -660,3 +660,26 @@ def test_averaging_before_the_remover_is_refused_where_buffers_would_be_mixed_up
     with pytest.raises(ValueError, match="List MemorizationRemover before EMAWeightAveraging"):
         _fit(module=Weighted(), callbacks=[_ema(0.9), MemorizationRemover()])
     _fit(module=Weighted(), callbacks=[MemorizationRemover(), _ema(0.9)], epochs=1)
+
+
+class _TwoHeads(Net):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(16, 2)
+
+
+def test_a_layer_that_does_not_give_the_logits_is_not_taken_for_the_head():
+    with pytest.raises(ValueError, match=r"'other' does not give the logits.*Pass head='net.4'"):
+        _fit(MemorizationRemover(), _TwoHeads())
+    remover = MemorizationRemover(head="net.4")
+    _fit(remover, _TwoHeads(), epochs=1)  # the layer that does not run is not probed
+    assert remover.probe["site"].startswith("net.")
+
+    class Mean(_TwoHeads):
+        def forward(self, x):
+            z = self.net[:4](x)
+            return (self.net[4](z) + self.other(z)) / 2
+
+    for head in (None, "net.4"):
+        with pytest.raises(ValueError, match="Let forward return the logits of one head"):
+            _fit(MemorizationRemover(head=head), Mean())

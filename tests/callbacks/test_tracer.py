@@ -232,3 +232,31 @@ def test_two_processes_equal_one(tmp_path):
             if column not in ("site", "unit"):
                 assert float(tables[1][key][column]) == pytest.approx(float(value), rel=1e-3, abs=1e-6), (key, column)
     assert Path(tmp_path / "2" / "units.png").exists()
+
+
+def test_layers_that_do_not_run_and_heads_that_do_not_decide(tmp_path):
+    class Projector(Net):
+        """A layer for another loss, which the logits do not pass through."""
+
+        def __init__(self):
+            super().__init__()
+            self.projector = nn.Linear(6, 2)
+
+    class Averaged(Projector):
+        def forward(self, x):
+            z = self.body(x).mean((2, 3))
+            return (self.out(z) + self.projector(z)) / 2
+
+    def traced(module):
+        pl.seed_everything(0, verbose=False)
+        tracer = MemorizationTracer(dirpath=str(tmp_path))
+        _trainer([tracer], epochs=1).fit(module(), *_loaders())
+        return tracer
+
+    plain, tracer = traced(Net), traced(Projector)
+    assert list(tracer.report.columns["taylor"]) == list(plain.report.columns["taylor"])
+    assert tracer.memorised_examples is not None
+    with pytest.warns(UserWarning, match="'projector' does not give the logits by itself"):
+        tracer = traced(Averaged)
+    assert "projector:input" in tracer.report.columns["taylor"]
+    assert tracer.memorised_examples is None

@@ -17,6 +17,7 @@ from demem.sites import (
     find_sites,
     remove_gates,
 )
+from demem.sites.read import deciding_heads
 
 
 class Residual(nn.Module):
@@ -361,3 +362,41 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def test_deciding_heads():
+    torch.manual_seed(0)
+    body, one, two = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+    unused = nn.Linear(5, 3)
+    x = torch.randn(16, 6)
+
+    class Model(nn.Module):
+        def __init__(self, out):
+            super().__init__()
+            self.body, self.one, self.two, self.unused, self.out = body, one, two, unused, out
+
+        def forward(self, x):
+            z = self.body(x).relu()
+            return self.out(self.one(z), self.two(z))
+
+    assert deciding_heads(Model(lambda a, b: a), x) == ["one"]
+    assert deciding_heads(Model(lambda a, b: {"logits": b, "loss": None}), x) == ["two"]
+    assert deciding_heads(Model(lambda a, b: a.log_softmax(1)), x) == ["one"]
+    assert deciding_heads(Model(lambda a, b: 0.1 * b + 7), x) == ["two"]
+    for out in (lambda a, b: a + b, lambda a, b: -a, lambda a, b: (4 * a).softmax(1), lambda a, b: a + 0.3 * b):
+        assert deciding_heads(Model(out), x) == []
+    single = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1))
+    assert deciding_heads(single, x) == ["1"]
+    assert deciding_heads(torch.compile(single, backend="eager"), x) == ["1"]
+
+    class Pooled(nn.Module):
+        """A head on every token, then their mean."""
+
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(x).mean(1)
+
+    assert deciding_heads(Pooled(), torch.randn(8, 4, 6)) == ["head"]

@@ -109,7 +109,7 @@ class ActivationDiversityMonitor(pl.Callback):
         self._close()
         if trainer.sanity_checking or trainer.current_epoch % self.every_n_epochs:
             return
-        self._reader = ActivationReader(self._sites(pl_module), self.reduce)
+        self._reader = ActivationReader(self._sites(pl_module), self.reduce, optional=self.layers is None)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

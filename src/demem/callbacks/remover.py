@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -33,7 +34,18 @@ from demem.removal import (
     remove_in_rounds,
 )
 from demem.removal.rounds import SMOOTHING, check_shares
-from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
+from demem.sites import (
+    ActivationReader,
+    Gates,
+    Site,
+    bake_gates,
+    check_finite,
+    default_sites,
+    find_head,
+    find_sites,
+    named_layers,
+)
+from demem.sites.read import deciding_heads
 from demem.tracing.shortcut import MIN_SURE, PROGRESS, find_shortcut
 
 MAX_ERRORS = (0.25, 0.15)  # a minority is small; once trained, a network soon knows the class itself
@@ -108,8 +120,9 @@ class MemorizationRemover(Callback):
 
     Raises:
         ValueError: before training: no validation data, layers that match nothing, labels out of range, a class absent
-            from the validation data, groups asked for but not in the batch, activations that are not finite, a callback
-            that averages weights listed before this one where that would mix up buffers.
+            from the validation data, a head that does not give the logits by itself, groups asked for but not in the
+            batch, activations that are not finite, a callback that averages weights listed before this one where that
+            would mix up buffers.
 
     Source: own; the parts are related to Bansal et al. 2022 and You et al. 2025 (tracing and masking), and to
     Kirichenko et al. 2023 (last-layer refit).
@@ -227,6 +240,7 @@ class MemorizationRemover(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         held_out_loader(trainer)  # refused now rather than after training, if there is none
         if len(self._train_groups) == 0 and not _is_dry_run(trainer):
+            self._check_head(trainer, pl_module)
             self._infer_groups(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -303,6 +317,19 @@ class MemorizationRemover(Callback):
             self._site = Site(f"{name}:input", head, "input", head.in_features)
             self._gates = Gates([self._site])
 
+    def _check_head(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What is refitted must be what decides: a second head, or one that serves another loss, must not be taken."""
+        model, loader = network(pl_module, self._site.module), held_out_loader(trainer)
+        with undisturbed(trainer, pl_module):
+            heads = [deciding_heads(model, batch.x) for _, batch in islice(examples(trainer, pl_module, loader), 1)]
+        layers = named_layers(model)
+        own = all(any(layers[name] is self._site.module for name in found) for found in heads)
+        if not trainer.strategy.reduce_boolean_decision(own):
+            prefix = next((f"{n}." for n, m in named_layers(pl_module).items() if m is model), "")
+            others = [prefix + name for found in heads for name in found]
+            hint = f"Pass head={others[0]!r}, which does." if others else "Let forward return the logits of one head."
+            raise ValueError(f"The linear layer {self._site.name[: -len(':input')]!r} does not give the logits. {hint}")
+
     def _infer_groups(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int = 0) -> None:
         """Step 1; after an epoch the layer that tells the class best is probed, which speaks for the network."""
         loader = held_out_loader(trainer)
@@ -357,8 +384,7 @@ class MemorizationRemover(Callback):
     def _probe_sites(self, pl_module: pl.LightningModule) -> list[Site]:
         if self.probe_layers is not None:
             return find_sites(pl_module, self.probe_layers)
-        head, _ = find_head(pl_module, self.head)
-        sites = [site for site in default_sites(pl_module) if site.name != f"{head}:input"]
+        sites = [site for site in default_sites(pl_module, self.head) if site.module is not self._site.module]
         if not sites:  # a linear model: the head's input is all there is
             return [self._site]
         return [Site(f"{sites[0].name}:input", sites[0].module, "input"), *sites]
@@ -447,13 +473,14 @@ class MemorizationRemover(Callback):
         the order of the data set."""
         model = network(pl_module, self._site.module)
         limit = self.max_examples if loader is trainer.train_dataloader else None
-        rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+        reader = ActivationReader(sites, "mean", ungated=True, optional=self.probe_layers is None)
+        rows: dict[str, list[Tensor]] = {}
         index, labels, groups = [], [], []
-        with undisturbed(trainer, pl_module), ActivationReader(sites, "mean", ungated=True) as reader:
+        with undisturbed(trainer, pl_module), reader:
             for positions, batch in examples(trainer, pl_module, loader, description, limit, only):
                 apply_model(model, batch.x)
                 for name, values in reader.pop().items():
-                    rows[name].append(check_finite(values.float(), f"layer {name!r}"))
+                    rows.setdefault(name, []).append(check_finite(values.float(), f"layer {name!r}"))
                 index.append(positions)
                 labels.append(batch.y)
                 if batch.group is not None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from demem.batch import Batch, apply_model
 from demem.callbacks._passes import examples, gather_rows, held_out_loader, train_loader, undisturbed
 from demem.sites import ActivationReader, Site, check_finite, default_sites, find_head, find_sites
+from demem.sites.read import deciding_heads
 from demem.tracing.atypical import choose_atypical
 from demem.tracing.capture import Ranks, select_rows
 from demem.tracing.linear import linear_impact, linear_score
@@ -119,7 +120,7 @@ class MemorizationTracer(Callback):
         self._traced_step = int(state_dict["traced_step"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._sites(pl_module)  # errors now rather than after training
+        self._sites(pl_module, self.head)  # errors now rather than after training
         if trainer.limit_val_batches == 0 or not trainer.enable_validation:
             held_out_loader(trainer)
 
@@ -132,19 +133,30 @@ class MemorizationTracer(Callback):
         if self._traced_step != trainer.global_step:
             self._trace(trainer, pl_module, max(0, trainer.current_epoch - 1))  # it counts finished epochs by now
 
-    def _sites(self, pl_module: pl.LightningModule) -> list[Site]:
-        find_head(pl_module, self.head)
-        return default_sites(pl_module) if self.layers is None else find_sites(pl_module, self.layers)
+    def _sites(self, pl_module: pl.LightningModule, head: str | None) -> list[Site]:
+        find_head(pl_module, head)
+        return default_sites(pl_module, head) if self.layers is None else find_sites(pl_module, self.layers)
 
     def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        sites = self._sites(pl_module)
         loader = held_out_loader(trainer)
         with undisturbed(trainer, pl_module):
             batches, mask = self._select(trainer, pl_module, loader)
+            heads = trainer.strategy.broadcast(deciding_heads(pl_module, batches[0].x))
+            head, _ = find_head(pl_module, self.head)
+            if self.head is None and heads and head not in heads:  # the last layer in the code serves another purpose
+                head = heads[-1]
+            sites = self._sites(pl_module, head)
+            if self.layers is None:
+                with ActivationReader(sites, optional=True) as reader:
+                    apply_model(pl_module, batches[0].x)
+                    ran = reader.pop()
+                sites = [site for site in sites if site.name in ran]
             self.report = trace(pl_module, sites, batches, mask, scores=self.scores, ranks=_ranks(trainer))
             self.memorised_examples = None
-            if self.memorised:
-                self.memorised_examples = self._rank_training_set(trainer, pl_module, loader)
+            if self.memorised and head in heads:
+                self.memorised_examples = self._rank_training_set(trainer, pl_module, loader, head)
+            elif self.memorised:
+                rank_zero_warn(f"{head!r} does not give the logits by itself, so training examples are not ranked.")
         self._traced_step = trainer.global_step
         size = sum(len(v) for v in self.report.columns[self.scores[0]].values())
         top = self.report.top(self.scores[0], min(self.top_k, size))
@@ -198,10 +210,10 @@ class MemorizationTracer(Callback):
         return batches, mask
 
     def _rank_training_set(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, held_out: DataLoader[Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, held_out: DataLoader[Any], name: str
     ) -> RankedExamples | None:
         """Units of the head's input that hurt the atypical held-out examples, against the others, on training data."""
-        name, head = find_head(pl_module, self.head)
+        _, head = find_head(pl_module, name)
         site = find_sites(pl_module, f"{name}:input")[0]
         position, z, logits, y, group = self._head_pass(trainer, pl_module, site, held_out)
         if z is None:

@@ -45,7 +45,7 @@ def collect_activations(
     seen = {site.name: 0 for site in sites}
     model.eval()
     try:
-        with torch.no_grad(), ActivationReader(sites, reduce) as reader:
+        with torch.no_grad(), ActivationReader(sites, reduce, optional=layers is None) as reader:
             for raw in batches:
                 apply_model(model, _inputs(raw, model, device))
                 for name, rows in reader.pop().items():

@@ -149,10 +149,17 @@ def find_head(model: nn.Module, name: str | None = None) -> tuple[str, nn.Linear
     return linear[-1]
 
 
-def default_sites(model: nn.Module) -> list[Site]:
+def default_sites(model: nn.Module, head: str | None = None) -> list[Site]:
     """Sites worth watching when the user names none: blocks or stages of a timm or torchvision model and the head's
-    input; for a plain network the outputs of its convolutions and linear layers, the head left out."""
-    head_name, head = find_head(model)
+    input; for a plain network the outputs of its convolutions and linear layers, the head left out.
+
+    Some may not run in the forward pass (a projector for another loss): read them with ``optional=True``.
+
+    Args:
+        model: the module.
+        head: see :func:`find_head`.
+    """
+    head_name, head_layer = find_head(model, head)
     layers = named_layers(model)
     sites: list[Site] = []
     for name, module in layers.items():
@@ -167,9 +174,9 @@ def default_sites(model: nn.Module) -> list[Site]:
         sites = [
             _make_site(name, module, "")
             for name, module in layers.items()
-            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module is not head
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module is not head_layer
         ]
-    return [*sites, _make_site(head_name, head, "input")]
+    return [*sites, _make_site(head_name, head_layer, "input")]
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:

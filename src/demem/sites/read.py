@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from demem.sites.find import Site, first_tensor
+from demem.batch import apply_model, as_logits
+from demem.sites.find import Site, first_tensor, named_layers
 
 Reduce = Literal["auto", "mean", "max", "first_token", "positions"]
 
@@ -96,12 +97,16 @@ class ActivationReader:
         sites: from :func:`demem.sites.find_sites`.
         reduce: see :func:`reduce_activation`; ``None`` keeps whole activations (cloned).
         ungated: read before the gates of :class:`demem.sites.Gates` are applied.
+        optional: leave out layers that do not run, unless none does.
     """
 
-    def __init__(self, sites: Sequence[Site], reduce: Reduce | None = "auto", ungated: bool = False) -> None:
+    def __init__(
+        self, sites: Sequence[Site], reduce: Reduce | None = "auto", ungated: bool = False, optional: bool = False
+    ) -> None:
         self.sites = list(sites)
         self.reduce = reduce
         self.ungated = ungated
+        self.optional = optional
         self._handles: list[RemovableHandle] = []
         self._rows: dict[str, list[Tensor]] = {}
         self._stack = ExitStack()
@@ -130,11 +135,11 @@ class ActivationReader:
             RuntimeError: a site's layer did not run.
         """
         missing = [site.name for site in self.sites if site.name not in self._rows]
-        if missing:
+        if missing and not (self.optional and self._rows):
             raise RuntimeError(
                 f"These layers did not run in the forward pass, so nothing could be read: {', '.join(missing)}."
             )
-        rows = {site.name: torch.cat(self._rows[site.name]) for site in self.sites}
+        rows = {site.name: torch.cat(self._rows[site.name]) for site in self.sites if site.name in self._rows}
         self._rows.clear()
         return rows
 
@@ -157,3 +162,45 @@ class ActivationReader:
             self._store(site, first_tensor(args))
 
         return hook
+
+
+def deciding_heads(model: nn.Module, x: Any) -> list[str]:
+    """Linear layers that give the model's logits alone, up to a positive scale and what all classes share.
+
+    Two heads whose logits are averaged, or an auxiliary one, do not count; nor does one whose output is squashed.
+
+    Args:
+        model: maps ``x`` to logits.
+        x: one batch.
+
+    Returns:
+        Qualified names, in the order of definition.
+    """
+    said: dict[str, Tensor] = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            said[name] = output.detach().float().reshape(len(output), -1, output.shape[-1]).mean(1)
+
+        return hook
+
+    layers = [(name, module) for name, module in named_layers(model).items() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(hook_of(name)) for name, module in layers]
+    try:
+        with eager(), torch.no_grad():
+            logits = _centred(apply_model(model, x).float())
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs = {name: _centred(as_logits(output)) for name, output in said.items()}
+    return [
+        name
+        for name, _ in layers
+        if name in outputs
+        and outputs[name].shape == logits.shape
+        and float((outputs[name] * logits).sum()) >= 0.999 * float(outputs[name].norm() * logits.norm())
+    ]
+
+
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(1, keepdim=True)
