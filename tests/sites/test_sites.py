@@ -400,3 +400,5 @@ def test_deciding_heads():
             return self.head(x).mean(1)
 
     assert deciding_heads(Pooled(), torch.randn(8, 4, 6)) == ["head"]
+    with pytest.raises(ValueError, match="3 of 24 values at the logits are NaN"):
+        deciding_heads(Pooled(), torch.full((8, 4, 6), 1.0).index_fill(0, torch.tensor([2]), torch.nan))

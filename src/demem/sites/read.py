@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from demem.batch import apply_model, as_logits
-from demem.sites.find import Site, first_tensor, named_layers
+from demem.sites.find import Site, check_finite, first_tensor, named_layers
 
 Reduce = Literal["auto", "mean", "max", "first_token", "positions"]
 
@@ -175,6 +175,9 @@ def deciding_heads(model: nn.Module, x: Any) -> list[str]:
 
     Returns:
         Qualified names, in the order of definition.
+
+    Raises:
+        ValueError: logits are not finite.
     """
     said: dict[str, Tensor] = {}
 
@@ -188,7 +191,7 @@ def deciding_heads(model: nn.Module, x: Any) -> list[str]:
     handles = [module.register_forward_hook(hook_of(name)) for name, module in layers]
     try:
         with eager(), torch.no_grad():
-            logits = _centred(apply_model(model, x).float())
+            logits = _centred(check_finite(apply_model(model, x).float(), "the logits"))
     finally:
         for handle in handles:
             handle.remove()
