@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.baselines import METHODS
 from benchmarks.compare import quiet
-from benchmarks.experiment import TASKS, Experiment, Run, Settings, Task
+from benchmarks.experiment import TASKS, Experiment, Run, Settings, Task, add_task_options
 from benchmarks.report import spread
 from benchmarks.results import append_jsonl, read_jsonl
 from demem.data import GroupedDataModule
@@ -56,11 +56,7 @@ def _swapped(make: Callable[..., GroupedDataModule], fold: int) -> Callable[...,
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks ceiling", description=__doc__)
-    parser.add_argument("--data", choices=list(TASKS), default="digits")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--cache", type=Path)
-    parser.add_argument("--epochs", type=int, help="default: the data set's own")
+    add_task_options(parser)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/ceiling"), help="finished rows there are kept")

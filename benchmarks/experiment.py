@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -386,3 +387,12 @@ TASKS: dict[str, Task] = {
     )
 }
 """The data sets by name; ``--data all`` is all of them."""
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of one data set asks for."""
+    parser.add_argument("--data", choices=list(TASKS), default="digits")
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--epochs", type=int, help="default: the data set's own")

@@ -13,18 +13,14 @@ from statistics import median
 
 import torch
 
-from benchmarks.experiment import TASKS, Experiment, Settings
+from benchmarks.experiment import TASKS, Experiment, Settings, add_task_options
 from benchmarks.results import append_jsonl
 from demem.callbacks import MemorizationRemover
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks speed remover", description=__doc__)
-    parser.add_argument("--data", choices=list(TASKS), default="digits")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--cache", type=Path)
-    parser.add_argument("--epochs", type=int, help="default: the data set's own")
+    add_task_options(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/speed"))
