@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from rich.console import Console
+
 COMMANDS = {
     ("compare",): "benchmarks.compare",
     ("ceiling",): "benchmarks.ceiling",
@@ -19,7 +21,11 @@ COMMANDS = {
 def main(argv: list[str]) -> int:
     for words, module in COMMANDS.items():
         if tuple(argv[: len(words)]) == words:
-            return int(importlib.import_module(module).main(argv[len(words) :]) or 0)
+            try:
+                return int(importlib.import_module(module).main(argv[len(words) :]) or 0)
+            except (ValueError, FileNotFoundError) as error:
+                Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+                return 2
     wanted = argv[:1] not in ([], ["-h"], ["--help"])
     print(
         (f"Unknown benchmark: {' '.join(argv[:2])}\n" if wanted else "")

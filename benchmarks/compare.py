@@ -21,13 +21,7 @@ EXTRAS = ("diversity", "units", "rounds")
 
 
 def main(argv: list[str]) -> int:
-    options = _parser().parse_args(argv)
-    console = Console()
-    try:
-        return _run(options, console)
-    except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        return 2
+    return _run(_parser().parse_args(argv), Console())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -47,14 +47,14 @@ def _row(method, seed, worst, tier="T0", **other):
     ],
 )
 def test_bad_arguments_end_before_training(tmp_path, capsys, arguments, message):
-    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert entry(["compare", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 def test_unwritable_out(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["--out", str(tmp_path / "file" / "out")]) == 2
+    assert entry(["compare", "--out", str(tmp_path / "file" / "out")]) == 2
     assert "cannot be written" in " ".join(capsys.readouterr().err.split())
 
 
@@ -63,6 +63,12 @@ def test_commands_are_listed_and_unknown_ones_refused(capsys):
     assert "compare" in capsys.readouterr().out
     assert entry(["magic"]) == 2
     assert "Unknown benchmark: magic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["ceiling", "speed remover"])
+def test_a_missing_folder_is_named(tmp_path, capsys, command):
+    assert entry([*command.split(), "--data", "dominoes", "--out", str(tmp_path)]) == 2
+    assert "pass --data-root" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
