@@ -631,13 +631,12 @@ def _ema(decay):
     return pl.callbacks.EMAWeightAveraging(decay=decay)
 
 
-@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
-    "make",
+    ("make", "first"),
     [
-        _TakeBack,
-        lambda: pl.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=2),
-        lambda: _ema(decay=0.9),
+        (_TakeBack, True),
+        (lambda: pl.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=2), False),
+        (lambda: _ema(decay=0.9), False),
     ],
 )
 def test_weights_that_another_callback_writes_at_the_end_are_treated_too(make, first, masks):
