@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from demem.batch import apply_model
+from demem.callbacks._head import check_head, read_head, write_head
 from demem.callbacks._passes import (
     examples,
     gather_rows,
@@ -25,27 +25,10 @@ from demem.callbacks._passes import (
 )
 from demem.callbacks._sampling import reweight
 from demem.callbacks._tuning import fine_tune
-from demem.linear import LinearHead, balanced_subset, balanced_weights, few_of_each_group, fit_linear
-from demem.removal import (
-    MASKED_SHARES,
-    Examples,
-    choose_round,
-    largest_groups,
-    remove_in_rounds,
-)
+from demem.linear import balanced_subset, balanced_weights, few_of_each_group, fit_linear
+from demem.removal import MASKED_SHARES, Examples, choose_round, largest_groups, remove_in_rounds
 from demem.removal.rounds import SMOOTHING, check_shares
-from demem.sites import (
-    ActivationReader,
-    Gates,
-    Site,
-    bake_gates,
-    check_finite,
-    default_sites,
-    find_head,
-    find_sites,
-    named_layers,
-)
-from demem.sites.read import deciding_heads
+from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
 from demem.tracing.shortcut import MIN_SURE, PROGRESS, find_shortcut
 
 MAX_ERRORS = (0.25, 0.15)  # a minority is small; once trained, a network soon knows the class itself
@@ -240,7 +223,7 @@ class MemorizationRemover(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         held_out_loader(trainer)  # refused now rather than after training, if there is none
         if len(self._train_groups) == 0 and not _is_dry_run(trainer):
-            self._check_head(trainer, pl_module)
+            check_head(trainer, pl_module, *find_head(pl_module, self.head))
             self._infer_groups(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -317,19 +300,6 @@ class MemorizationRemover(Callback):
             self._site = Site(f"{name}:input", head, "input", head.in_features)
             self._gates = Gates([self._site])
 
-    def _check_head(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What is refitted must be what decides: a second head, or one that serves another loss, must not be taken."""
-        model, loader = network(pl_module, self._site.module), held_out_loader(trainer)
-        with undisturbed(trainer, pl_module):
-            heads = [deciding_heads(model, batch.x) for _, batch in islice(examples(trainer, pl_module, loader), 1)]
-        layers = named_layers(model)
-        own = all(any(layers[name] is self._site.module for name in found) for found in heads)
-        if not trainer.strategy.reduce_boolean_decision(own):
-            prefix = next((f"{n}." for n, m in named_layers(pl_module).items() if m is model), "")
-            others = [prefix + name for found in heads for name in found]
-            hint = f"Pass head={others[0]!r}, which does." if others else "Let forward return the logits of one head."
-            raise ValueError(f"The linear layer {self._site.name[: -len(':input')]!r} does not give the logits. {hint}")
-
     def _infer_groups(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int = 0) -> None:
         """Step 1; after an epoch the layer that tells the class best is probed, which speaks for the network."""
         loader = held_out_loader(trainer)
@@ -397,7 +367,7 @@ class MemorizationRemover(Callback):
         rounds = remove_in_rounds(
             train,
             held_out,
-            _read_head(site.module),
+            read_head(site.module),
             num_classes=self._num_classes(),
             shares=self.shares,
             typical=self._typical if self.atypical == "group" else None,
@@ -412,7 +382,7 @@ class MemorizationRemover(Callback):
         self.fine_tuned_on = 0
         if chosen > 0:
             gates[site.name] = trainer.strategy.broadcast(rounds[chosen].gate)
-            _write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
+            write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
             self.fine_tuned_on = self._fine_tune(trainer, pl_module, held_out, positions)
         self._removed_at_step = trainer.global_step
         self._written = self._site.module.weight.detach().clone()  # type: ignore[operator]
@@ -517,23 +487,6 @@ def _attribute_from_groups(features: Tensor, y: Tensor, held_out: Tensor, held_y
     possible = torch.zeros(int(max(y.max(), held_y.max())) + 1, logits.shape[1], dtype=torch.bool, device=y.device)
     possible[held_y, group] = True
     return logits.masked_fill(~possible[y], -torch.inf).argmax(1)
-
-
-def _read_head(head: nn.Module) -> LinearHead:
-    weight: Tensor = head.weight.detach().float()  # type: ignore[operator]
-    bias: Tensor = head.bias.detach().float()  # type: ignore[operator]
-    if len(bias) == 1:  # a single logit, of class 1
-        weight, bias = torch.cat([torch.zeros_like(weight), weight]), torch.cat([torch.zeros_like(bias), bias])
-    return LinearHead(weight, bias)
-
-
-def _write_head(head: nn.Module, fitted: LinearHead) -> None:
-    weight, bias = fitted
-    if len(head.bias) == 1:  # type: ignore[arg-type]
-        weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
-    with torch.no_grad():
-        head.weight.copy_(weight.to(head.weight))  # type: ignore[operator, arg-type]
-        head.bias.copy_(bias.to(head.bias))  # type: ignore[operator, arg-type]
 
 
 def _is_dry_run(trainer: pl.Trainer) -> bool:
