@@ -682,3 +682,24 @@ def test_a_layer_that_does_not_give_the_logits_is_not_taken_for_the_head():
     for head in (None, "net.4"):
         with pytest.raises(ValueError, match="Let forward return the logits of one head"):
             _fit(MemorizationRemover(head=head), Mean())
+
+
+@pytest.mark.parametrize(("limit", "layers"), [(100, 1), (2, 3)])
+def test_the_layer_is_chosen_on_some_examples_of_a_large_set(monkeypatch, limit, layers):
+    whole = MemorizationRemover()
+    _fit(whole, epochs=1)
+    read = []
+
+    class Spy(MemorizationRemover):
+        def _read(self, trainer, pl_module, loader, sites, *args, **kwargs):
+            rows, y, *rest = super()._read(trainer, pl_module, loader, sites, *args, **kwargs)
+            read.append((len(rows), len(y)))
+            return rows, y, *rest
+
+    monkeypatch.setattr("demem.callbacks.remover.CHOSEN_ON", limit)
+    remover = Spy()
+    _fit(remover, epochs=1)
+    # Two examples, one of each class, are too few to choose a layer on: all layers are read in full.
+    assert read[:3] == [(3, limit), (layers, len(TRAIN)), (1, len(VAL))]
+    assert remover.probe == whole.probe
+    assert torch.equal(remover._train_groups, whole._train_groups)

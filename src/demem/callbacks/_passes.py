@@ -207,7 +207,7 @@ def _first(loader: DataLoader[Any], limit: int | None) -> Iterator[Any]:
 
 
 def _batch_limit(trainer: pl.Trainer, loader: DataLoader[Any]) -> int | None:
-    training = loader is trainer.train_dataloader
+    training = loader is _first_loader(trainer.train_dataloader)
     limit = trainer.limit_train_batches if training else trainer.limit_val_batches
     if isinstance(limit, float):
         return None if limit >= 1.0 else int(len(loader) * limit)

@@ -33,7 +33,8 @@ class ActivationDiversityMonitor(pl.Callback):
         Trainer(callbacks=[ActivationDiversityMonitor(), ModelCheckpoint(monitor="diversity/mi", mode="min")])
 
     Args:
-        layers: site patterns, see :mod:`demem.sites`; ``None``: blocks or stages and the head's input.
+        layers: site patterns, see :mod:`demem.sites`; ``None``: blocks or stages and the head's input, those
+            that run.
         reduce: over space or tokens: ``"auto"``, ``"mean"``, ``"max"``, ``"first_token"``.
         bins: of the entropy.
         binning: units that share the range of the bins: ``"global"`` (the paper's), ``"per_site"``, ``"per_unit"``.

@@ -29,9 +29,10 @@ from demem.linear import balanced_subset, balanced_weights, few_of_each_group, f
 from demem.removal import MASKED_SHARES, Examples, choose_round, largest_groups, remove_in_rounds
 from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
-from demem.tracing.shortcut import MIN_SURE, PROGRESS, find_shortcut
+from demem.tracing.shortcut import MIN_SURE, PROGRESS, ShortcutProbe, find_shortcut
 
 MAX_ERRORS = (0.25, 0.15)  # a minority is small; once trained, a network soon knows the class itself
+CHOSEN_ON = 20_000  # training examples that the probed layer is chosen on: those of all layers are in memory at once
 TRACED = 500  # training examples of each inferred group: what units and heads are traced on
 TUNED_ON = 64  # held-out examples of each class; fewer do not say how the features should change
 _NOTHING = torch.empty(0, dtype=torch.long)
@@ -89,7 +90,8 @@ class MemorizationRemover(Callback):
         fine_tune: passes of step 4; 0 leaves it out, and the features stay those that training gave.
         fine_tune_lr: Adam's learning rate in step 4, falling to 0.
         head: qualified name of the classification head (an ``nn.Linear``), should it not be found.
-        max_examples: of the training set at most so many are read, evenly spaced; the others keep an average weight.
+        max_examples: of the training set at most so many are read, evenly spaced (20,000 to choose the probed layer); the
+            others keep an average weight.
         seed: of the draw of training examples.
 
     Attributes:
@@ -302,23 +304,17 @@ class MemorizationRemover(Callback):
 
     def _infer_groups(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int = 0) -> None:
         """Step 1; after an epoch the layer that tells the class best is probed, which speaks for the network."""
-        loader = held_out_loader(trainer)
-        sites = self._probe_sites(pl_module)
-        classes = self._num_classes()
-        train, y, _, positions = self._read(trainer, pl_module, train_loader(trainer), sites, "finding the shortcut")
-        held_out, held_y, held_group, _ = self._read(trainer, pl_module, loader, sites, "finding the shortcut")
-        for labels, where in ((y, "training"), (held_y, "validation")):
-            if int(labels.max()) >= classes:
-                raise ValueError(
-                    f"Label {int(labels.max())} in the {where} data is out of range: the head has {classes}."
-                )
+        what, classes = "finding the shortcut", self._num_classes()
+        probe, train, y, positions = self._probe(trainer, pl_module, PROGRESS if epoch == 0 else 1.0, what)
+        sites = [site for site in self._probe_sites(pl_module) if site.name == probe.site]
+        held_out, held_y, held_group, _ = self._read(trainer, pl_module, held_out_loader(trainer), sites, what)
+        _check_labels(held_y, classes, "validation")
         absent = sorted(set(range(classes)) - set(held_y.tolist()))
         if absent:
             raise ValueError(
                 f"Class {absent} is absent from the {len(held_y)} validation examples, so its units cannot be traced. "
                 "Use a validation set with every class (is limit_val_batches too small, or the set sorted by class?)."
             )
-        probe = find_shortcut(train, y, classes, PROGRESS if epoch == 0 else 1.0, min_sure=self.min_sure)
         # What follows from it must be the same on all processes.
         found: dict[str, Any] = trainer.strategy.broadcast(
             {"epoch": epoch, "site": probe.site, "error": probe.error, "sure": probe.sure, "shortcut": probe.found}
@@ -336,7 +332,7 @@ class MemorizationRemover(Callback):
                     "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set "
                     "use_groups=False."
                 )
-            attribute = _attribute_from_groups(train[probe.site], y, held_out[probe.site], held_y, held_group)
+            attribute = _attribute_from_groups(train, y, held_out[probe.site], held_y, held_group)
             train_groups, held_out_groups = attribute, held_group
         else:
             train_groups = probe.groups(y)
@@ -346,6 +342,24 @@ class MemorizationRemover(Callback):
         self._train_positions = positions.cpu()
         self._typical = largest_groups(y.cpu(), self._train_groups, classes)
         self.probe = {**found, "groups": torch.bincount(self._train_groups).tolist()}
+
+    def _probe(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float, what: str
+    ) -> tuple[ShortcutProbe, Tensor, Tensor, Tensor]:
+        """The shortcut's probe, the activations ``(S, N)`` it reads, labels, and positions of the training examples."""
+        loader, sites, classes = train_loader(trainer), self._probe_sites(pl_module), self._num_classes()
+        rows, y, _, positions = self._read(trainer, pl_module, loader, sites, what, limit=CHOSEN_ON)
+        _check_labels(y, classes, "training")
+        whole = len(y) < CHOSEN_ON
+        if whole or int(torch.bincount(y, minlength=classes).min()) > 1:
+            probe = find_shortcut(rows, y, classes, progress, min_sure=self.min_sure)
+            chosen = trainer.strategy.broadcast(probe.site)
+            sites = [site for site in sites if site.name == chosen]
+        if not whole:
+            rows, y, _, positions = self._read(trainer, pl_module, loader, sites, what)
+            _check_labels(y, classes, "training")
+            probe = find_shortcut(rows, y, classes, progress, min_sure=self.min_sure)
+        return probe, rows[probe.site], y, positions
 
     @property
     def _knows_groups(self) -> bool:
@@ -438,11 +452,13 @@ class MemorizationRemover(Callback):
         sites: Sequence[Site],
         description: str,
         only: Tensor | None = None,
+        limit: int | None = None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Tensor]:
         """Pooled, ungated activations ``{site: (S, N)}``, labels, groups and positions of all processes' examples, in
         the order of the data set."""
         model = network(pl_module, self._site.module)
-        limit = self.max_examples if loader is trainer.train_dataloader else None
+        if loader is train_loader(trainer):
+            limit = min(self.max_examples, limit or self.max_examples)
         reader = ActivationReader(sites, "mean", ungated=True, optional=self.probe_layers is None)
         rows: dict[str, list[Tensor]] = {}
         index, labels, groups = [], [], []
@@ -477,6 +493,11 @@ def _other_data() -> ValueError:
         "The training or validation data is not what was there when training began. Use a new MemorizationRemover for "
         "other data."
     )
+
+
+def _check_labels(y: Tensor, classes: int, where: str) -> None:
+    if int(y.max()) >= classes:
+        raise ValueError(f"Label {int(y.max())} in the {where} data is out of range: the head has {classes}.")
 
 
 def _attribute_from_groups(features: Tensor, y: Tensor, held_out: Tensor, held_y: Tensor, group: Tensor) -> Tensor:
