@@ -90,8 +90,8 @@ class MemorizationRemover(Callback):
         fine_tune: passes of step 4; 0 leaves it out, and the features stay those that training gave.
         fine_tune_lr: Adam's learning rate in step 4, falling to 0.
         head: qualified name of the classification head (an ``nn.Linear``), should it not be found.
-        max_examples: of the training set at most so many are read, evenly spaced (20,000 to choose the probed layer); the
-            others keep an average weight.
+        max_examples: of the training set at most so many are read, evenly spaced (20,000 to choose the probed layer);
+            the others keep an average weight.
         seed: of the draw of training examples.
 
     Attributes:
