@@ -703,3 +703,16 @@ def test_the_layer_is_chosen_on_some_examples_of_a_large_set(monkeypatch, limit,
     assert read[:3] == [(3, limit), (layers, len(TRAIN)), (1, len(VAL))]
     assert remover.probe == whole.probe
     assert torch.equal(remover._train_groups, whole._train_groups)
+
+
+def test_limits_hold_for_the_first_of_several_training_loaders():
+    class First(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["first"], batch_idx)
+
+    loaders = _loaders()
+    train = loaders["train_dataloaders"]
+    remover = MemorizationRemover()
+    loaders["train_dataloaders"] = {"first": train, "second": DataLoader(VAL, 32, shuffle=True)}
+    _fit(remover, First(), epochs=1, loaders=loaders, limit_train_batches=3)
+    assert len(remover._train_groups) == 3 * 32
