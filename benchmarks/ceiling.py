@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.baselines import METHODS
-from benchmarks.compare import quiet
+from benchmarks.compare import parse_seeds, quiet
 from benchmarks.experiment import TASKS, Experiment, Run, Settings, Task, add_task_options
 from benchmarks.report import spread
 from benchmarks.results import append_jsonl, read_jsonl
@@ -57,30 +57,36 @@ def _swapped(make: Callable[..., GroupedDataModule], fold: int) -> Callable[...,
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks ceiling", description=__doc__)
     add_task_options(parser)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", default="5", help="as in compare (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("results/ceiling"), help="finished rows there are kept")
     options = parser.parse_args(argv)
     task, path = TASKS[options.data], options.out / "ceiling.jsonl"
     settings = Settings(options.data_root, options.weights, options.cache)
     arms = [method for method in METHODS if method.tier == "T2" and method.name in ("dfr", "demem")]
-    done = {(row["data"], row["seed"], row["fold"], row["method"]) for row in read_jsonl(path)}
+    seeds, epochs = parse_seeds(options.seeds), options.epochs or task.epochs
+
+    def rows() -> list[dict[str, Any]]:
+        return [row for row in read_jsonl(path) if (row["data"], row["epochs"]) == (task.name, epochs)]
+
+    done = {(row["seed"], row["fold"], row["method"]) for row in rows()}
     quiet()
     if task.threads:
         torch.set_num_threads(task.threads)
-    for seed in range(options.first_seed, options.first_seed + options.seeds):
+    for seed in seeds:
         settings.runs.clear()
         for fold in range(FOLDS):
             for arm in arms:
-                if (task.name, seed, fold, arm.name) in done:
+                if (seed, fold, arm.name) in done:
                     continue
-                experiment = _Fold(task, settings, seed, fold, options.epochs)
+                experiment = _Fold(task, settings, seed, fold, epochs)
                 outcome, data = arm.run(experiment), experiment.data()
                 judged = data.test_dataset
                 correct, total = group_accuracy_update(outcome.logits["test"], judged.y, judged.group, data.num_groups)
-                row = {"data": task.name, "method": arm.name, "tier": arm.tier, "seed": seed, "fold": fold}
-                append_jsonl(path, {**row, "correct": correct.tolist(), "total": total.tolist()})
-    _table([row for row in read_jsonl(path) if row["data"] == task.name])
+                row = {"data": task.name, "epochs": epochs, "method": arm.name, "tier": arm.tier}
+                append_jsonl(
+                    path, {**row, "seed": seed, "fold": fold, "correct": correct.tolist(), "total": total.tolist()}
+                )
+    _table(rows())
     return 0
 
 

@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     known = list(dict.fromkeys(m.name for m in METHODS))
     chosen = _names(options.methods, known, "--methods", "method")
     methods = [m for m in METHODS if m.name in chosen]
-    seeds = _seeds(options.seeds)
+    seeds = parse_seeds(options.seeds)
     sources = ["val", "iid"] if options.held_out == "both" else [options.held_out]
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {options.epochs}.")
@@ -164,7 +164,7 @@ def _names(given: str, known: list[str], option: str, what: str) -> list[str]:
     return names
 
 
-def _seeds(given: str) -> list[int]:
+def parse_seeds(given: str) -> list[int]:
     try:
         numbers = [int(part) for part in given.split(",") if part.strip()]
     except ValueError:

@@ -143,7 +143,7 @@ def test_lightning_pytorch_trainer(tmp_path):
     assert (tmp_path / "units.csv").exists()
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true", "64-true"])
 def test_precision_and_mapping_batches(tmp_path, precision):
     class Maps(Net):
         def unpack_batch(self, batch):

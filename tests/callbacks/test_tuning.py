@@ -130,7 +130,7 @@ def test_iterable_held_out_data_is_not_tuned_on():
     assert remover.fine_tuned_on == 0
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true", "64-true"])
 def test_precisions(precision):
     remover = MemorizationRemover()
     module, _ = _fit(remover, loaders=_loaders(val=MANY), precision=precision)

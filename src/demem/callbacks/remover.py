@@ -36,6 +36,10 @@ CHOSEN_ON = 20_000  # training examples that the probed layer is chosen on: thos
 TRACED = 500  # training examples of each inferred group: what units and heads are traced on
 TUNED_ON = 64  # held-out examples of each class; fewer do not say how the features should change
 _NOTHING = torch.empty(0, dtype=torch.long)
+_AFTER_VALIDATION = (
+    "after the last validation. Run trainer.validate(model) for accuracies of the gated model, and save a checkpoint "
+    "of it with trainer.save_checkpoint(path)."
+)
 
 
 class MemorizationRemover(Callback):
@@ -262,9 +266,7 @@ class MemorizationRemover(Callback):
         if self._removed_at_step != trainer.global_step and not _is_dry_run(trainer):
             self._remove(trainer, pl_module)
             warnings.warn(
-                "Training ended before its last planned step, so units were removed after the last validation. Run "
-                "trainer.validate(model) for accuracies of the gated model, and save a checkpoint of it with "
-                "trainer.save_checkpoint(path).",
+                f"Training ended before its last planned step, so units were removed {_AFTER_VALIDATION}",
                 stacklevel=2,
             )
 
@@ -280,8 +282,7 @@ class MemorizationRemover(Callback):
             self._remove(trainer, pl_module)
             warnings.warn(
                 "Another callback changed the weights when training ended, so units were removed anew, from the new "
-                "weights, after the last validation. Run trainer.validate(model) for accuracies of the gated model, "
-                "and save a checkpoint of it with trainer.save_checkpoint(path).",
+                f"weights, {_AFTER_VALIDATION}",
                 stacklevel=2,
             )
         self._written = None
@@ -304,9 +305,9 @@ class MemorizationRemover(Callback):
 
     def _infer_groups(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int = 0) -> None:
         """Step 1; after an epoch the layer that tells the class best is probed, which speaks for the network."""
-        what, classes = "finding the shortcut", self._num_classes()
-        probe, train, y, positions = self._probe(trainer, pl_module, PROGRESS if epoch == 0 else 1.0, what)
-        sites = [site for site in self._probe_sites(pl_module) if site.name == probe.site]
+        what, classes, sites = "finding the shortcut", self._num_classes(), self._probe_sites(pl_module)
+        probe, train, y, positions = self._probe(trainer, pl_module, sites, PROGRESS if epoch == 0 else 1.0, what)
+        sites = [site for site in sites if site.name == probe.site]
         held_out, held_y, held_group, _ = self._read(trainer, pl_module, held_out_loader(trainer), sites, what)
         _check_labels(held_y, classes, "validation")
         absent = sorted(set(range(classes)) - set(held_y.tolist()))
@@ -344,13 +345,13 @@ class MemorizationRemover(Callback):
         self.probe = {**found, "groups": torch.bincount(self._train_groups).tolist()}
 
     def _probe(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float, what: str
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, sites: Sequence[Site], progress: float, what: str
     ) -> tuple[ShortcutProbe, Tensor, Tensor, Tensor]:
         """The shortcut's probe, the activations ``(S, N)`` it reads, labels, and positions of the training examples."""
-        loader, sites, classes = train_loader(trainer), self._probe_sites(pl_module), self._num_classes()
+        loader, classes = train_loader(trainer), self._num_classes()
         rows, y, _, positions = self._read(trainer, pl_module, loader, sites, what, limit=CHOSEN_ON)
         _check_labels(y, classes, "training")
-        whole = len(y) < CHOSEN_ON
+        whole = len(y) != CHOSEN_ON  # iterable data has no positions to choose from: it is read to its end
         if whole or int(torch.bincount(y, minlength=classes).min()) > 1:
             probe = find_shortcut(rows, y, classes, progress, min_sure=self.min_sure)
             chosen = trainer.strategy.broadcast(probe.site)

@@ -179,29 +179,15 @@ def deciding_heads(model: nn.Module, x: Any) -> list[str]:
     Raises:
         ValueError: logits are not finite.
     """
-    said: dict[str, Tensor] = {}
-
-    def hook_of(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            said[name] = output.detach().float().reshape(len(output), -1, output.shape[-1]).mean(1)
-
-        return hook
-
-    layers = [(name, module) for name, module in named_layers(model).items() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(hook_of(name)) for name, module in layers]
-    try:
-        with eager(), torch.no_grad():
-            logits = _centred(check_finite(apply_model(model, x).float(), "the logits"))
-    finally:
-        for handle in handles:
-            handle.remove()
-    outputs = {name: _centred(as_logits(output)) for name, output in said.items()}
+    sites = [Site(name, module) for name, module in named_layers(model).items() if isinstance(module, nn.Linear)]
+    with torch.no_grad(), ActivationReader(sites, "mean", optional=True) as reader:
+        logits = _centred(check_finite(apply_model(model, x).float(), "the logits"))
+        outputs = {name: _centred(as_logits(rows.float())) for name, rows in reader.pop().items()}
     return [
         name
-        for name, _ in layers
-        if name in outputs
-        and outputs[name].shape == logits.shape
-        and float((outputs[name] * logits).sum()) >= 0.999 * float(outputs[name].norm() * logits.norm())
+        for name, output in outputs.items()
+        if output.shape == logits.shape
+        and float((output * logits).sum()) >= 0.999 * float(output.norm() * logits.norm())
     ]
 
 
