@@ -385,8 +385,8 @@ def test_deciding_heads():
     assert deciding_heads(Model(lambda a, b: 0.1 * b + 7), x) == ["two"]
     for out in (lambda a, b: a + b, lambda a, b: -a, lambda a, b: (4 * a).softmax(1), lambda a, b: a + 0.3 * b):
         assert deciding_heads(Model(out), x) == []
-    torch.nn.init.constant_(one.bias, 9.0), torch.nn.init.constant_(two.bias, 9.0)
-    one.bias.data[0] = two.bias.data[0] = -9.0  # the logits hardly differ between examples
+    for bias, value in ((one.bias, 9.0), (two.bias, 20.0)):  # the logits hardly differ between examples
+        bias.data = torch.tensor([-value, value, value])
     assert deciding_heads(Model(lambda a, b: a), x) == ["one"]
     assert deciding_heads(Model(lambda a, b: a + b), x) == []
     single = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1))

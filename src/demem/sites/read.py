@@ -182,23 +182,23 @@ def deciding_heads(model: nn.Module, x: Any) -> list[str]:
     layers = {name: module for name, module in named_layers(model).items() if isinstance(module, nn.Linear)}
     sites = [Site(name, layer) for name, layer in layers.items()]
     with torch.no_grad(), ActivationReader(sites, "mean", optional=True) as reader:
-        logits = check_finite(apply_model(model, x).float(), "the logits")
-        outputs = {name: as_logits(rows.float()) for name, rows in reader.pop().items()}
+        logits = _centred(check_finite(apply_model(model, x).float(), "the logits"))
+        outputs = {name: _centred(as_logits(rows.float())) for name, rows in reader.pop().items()}
 
-    def decides(name: str) -> bool:
-        # Logits that hardly differ between examples resemble any head's; those of another one would not change sign.
-        if outputs[name].shape != logits.shape or not _same_direction(outputs[name], logits):
+    def decides(name: str, output: Tensor) -> bool:
+        # Logits that hardly differ between examples resemble any head's; another head's would not change sign with it.
+        if output.shape != logits.shape or (output * logits).sum() < 0.999 * output.norm() * logits.norm():
             return False
         hook = layers[name].register_forward_hook(lambda *call: -call[-1])
         try:
-            return _same_direction(-apply_model(model, x).float(), logits)
+            negated = _centred(apply_model(model, x).float())
         finally:
             hook.remove()
+        return bool((negated + logits).norm() <= 0.01 * logits.norm())
 
     with torch.no_grad(), eager():
-        return [name for name in outputs if decides(name)]
+        return [name for name, output in outputs.items() if decides(name, output)]
 
 
-def _same_direction(a: Tensor, b: Tensor) -> bool:
-    a, b = (logits - logits.mean(1, keepdim=True) for logits in (a, b))
-    return float((a * b).sum()) >= 0.999 * float(a.norm() * b.norm())
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(1, keepdim=True)
