@@ -304,7 +304,8 @@ def _diversity(out: Path, rows: list[Row]) -> Path | None:
                 points = sorted((r["epoch"], r[key]) for r in these if arm(r) == a and r.get(key) is not None)
                 axis.plot(*zip(*points, strict=True), label=f"{a[0]} {a[1]}") if points else None
             axis.set(title=name, xlabel="epoch", ylabel=label)
-            axis.legend(fontsize=6)
+            if axis.has_data():
+                axis.legend(fontsize=6)
     return _save(figure, out / "diversity.png")
 
 

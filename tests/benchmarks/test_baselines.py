@@ -70,8 +70,8 @@ def test_nt_xent_against_a_loop():
 def test_masks_of_the_silent_majority():
     model = nn.Sequential(nn.Conv2d(1, 10, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 2))
     masks = smallest_weights(model, 0.1)
-    zeroed = torch.cat([model.get_parameter(n).abs()[m == 0].flatten() for n, m in masks.items()])
-    kept = torch.cat([model.get_parameter(n).abs()[m == 1].flatten() for n, m in masks.items()])
+    zeroed = torch.cat([model.get_parameter(n).detach().abs()[m == 0].flatten() for n, m in masks.items()])
+    kept = torch.cat([model.get_parameter(n).detach().abs()[m == 1].flatten() for n, m in masks.items()])
     assert len(zeroed) == 11  # of 110
     assert float(zeroed.max()) <= float(kept.min())
 

@@ -49,6 +49,16 @@ def test_groups_by_chosen_fields(tmp_path):
         make_grouper(dataset, ["place"])
 
 
+def test_pandas_without_the_option_for_text(tmp_path, monkeypatch):
+    import pandas as pd
+
+    def no_option(*given):
+        raise pd.errors.OptionError(f"No such keys(s): {given[0]!r}")
+
+    monkeypatch.setattr(pd, "option_context", no_option)
+    assert len(load_wilds("waterbirds", _small_waterbirds(tmp_path))) == 12
+
+
 def test_missing_folder_missing_data_and_missing_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         WildsDataModule("waterbirds", str(tmp_path / "nowhere")).setup()

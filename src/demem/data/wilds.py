@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ def load_wilds(name: str, root: str | Path) -> Any:
         ValueError: wilds has no such data set.
         FileNotFoundError: the folder is missing or damaged.
     """
-    import pandas
-
     wilds = _import_wilds()
     known = {known.lower(): known for known in wilds.supported_datasets}
     if name.lower() not in known:
@@ -37,8 +35,7 @@ def load_wilds(name: str, root: str | Path) -> Any:
     if not Path(root).is_dir():
         raise FileNotFoundError(f"The data folder {root} does not exist; it should hold the wilds folder of {name}.")
     try:
-        # wilds writes numbers into text columns, which the string type of pandas 3 refuses (CivilComments).
-        with redirect_stdout(StringIO()), pandas.option_context("future.infer_string", False):
+        with redirect_stdout(StringIO()), _text_as_objects():
             return wilds.get_dataset(known[name.lower()], root_dir=str(root), download=False)
     except Exception as error:  # by kind of damage: FileNotFoundError, pandas' and wilds' own errors
         found = ", ".join(sorted(p.name for p in Path(root).iterdir() if p.is_dir())) or "no folders"
@@ -46,6 +43,19 @@ def load_wilds(name: str, root: str | Path) -> Any:
             f"wilds could not read {name} below {root} (there is: {found}). Its folder is called like "
             f"'waterbirds_v1.0' and holds RELEASE_v1.0.txt, the metadata and all files. Reason: {error}"
         ) from error
+
+
+@contextmanager
+def _text_as_objects() -> Iterator[None]:
+    """wilds writes numbers into text columns, which the string type of pandas 3 refuses (CivilComments)."""
+    import pandas
+
+    option = "future.infer_string"
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.filterwarnings("ignore", message=f".*{option}")
+        with suppress(pandas.errors.OptionError):  # pandas before 2.1 does not have it, and it is to go
+            stack.enter_context(pandas.option_context(option, False))
+        yield
 
 
 class WildsDataModule(GroupedDataModule):
