@@ -26,7 +26,9 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks compare", description=__doc__)
-    parser.add_argument("--data", default="digits", help="data sets, comma-separated, or 'all' (default: digits)")
+    parser.add_argument(
+        "--data", default="digits", help="data sets, comma-separated, or 'all' that need no GPU (default: digits)"
+    )
     parser.add_argument("--data-root", type=Path, help="folder with waterbirds_v1.0, MNIST, FashionMNIST")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 safetensors file (default: below --data-root)")
     parser.add_argument(
@@ -51,7 +53,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.experiment import TASKS, Experiment, Settings, judge, mobilenet_weights
     from benchmarks.report import write_report
 
-    tasks = [TASKS[name] for name in _names(options.data, list(TASKS), "--data", "data set")]
+    data = ",".join(t.name for t in TASKS.values() if not t.gpu) if options.data == "all" else options.data
+    tasks = [TASKS[name] for name in _names(data, list(TASKS), "--data", "data set")]
     known = list(dict.fromkeys(m.name for m in METHODS))
     chosen = _names(options.methods, known, "--methods", "method")
     methods = [m for m in METHODS if m.name in chosen]
@@ -66,9 +69,9 @@ def _run(options: argparse.Namespace, console: Console) -> int:
                 raise ValueError(
                     f"--data {task.name} reads {file} below --data-root, and {options.data_root} has none."
                 )
-        if task.name == "waterbirds" and not mobilenet_weights(settings).is_file():
+        if task.pretrained and not mobilenet_weights(settings).is_file():
             raise ValueError(
-                f"--data waterbirds needs MobileNetV2 weights; there are none at {mobilenet_weights(settings)}."
+                f"--data {task.name} needs MobileNetV2 weights; there are none at {mobilenet_weights(settings)}."
             )
     out = _writable(options.out)
     results = out / "results.jsonl"

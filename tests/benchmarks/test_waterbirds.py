@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from benchmarks import waterbirds
+from benchmarks.compare import main
+from benchmarks.results import read_jsonl
 from benchmarks.waterbirds import Tail, WaterbirdsFeatures, cache_features
 
 
@@ -76,6 +78,15 @@ def test_a_run_cut_off_is_not_taken_for_finished_and_goes_on(small, monkeypatch)
     assert not done
     weights.write_bytes(b"other weights")
     assert cache_features(root, weights, cache) != folder
+
+
+@pytest.mark.slow
+def test_the_whole_network_can_be_trained(small, tmp_path):
+    root, weights, _ = small
+    options = ["--data", "waterbirds_full", "--data-root", str(root), "--weights", str(weights), "--epochs", "1"]
+    assert main([*options, "--methods", "erm", "--seeds", "1", "--out", str(tmp_path / "out")]) == 0
+    (row,) = read_jsonl(tmp_path / "out" / "results.jsonl")
+    assert (row["data"], row["epochs"], len(row["group_acc"])) == ("waterbirds_full", 1, 4)
 
 
 def test_missing_data_and_weights_are_named(tmp_path):
