@@ -491,13 +491,22 @@ def test_timm_classifiers(name):
         assert torch.allclose(remover.export(module)(x), module(x), atol=1e-5)
 
 
-def test_other_data_needs_a_new_callback():
-    remover = MemorizationRemover()
-    _fit(remover, epochs=1)
+def test_a_fit_from_the_start_looks_at_its_own_data():
+    used, other = MemorizationRemover(), _loaders(_set(240, 0.9, 4), _set(120, 0.0, 5))
+    _fit(used, epochs=1)
+    module, _ = _fit(used, epochs=1, loaders=other)
+    new, _ = _fit(MemorizationRemover(), epochs=1, loaders=other)
+    for (name, a), b in zip(module.state_dict().items(), new.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("changed", ["train", "val"])
+def test_resumed_with_other_data_is_refused(changed, tmp_path):
+    _fit(MemorizationRemover(), epochs=2, callbacks=[_Save(0, tmp_path / "half.ckpt")])
+    x, y, g = (TRAIN if changed == "train" else VAL).tensors
+    other = _loaders(**{changed: TensorDataset(x.flip(0), y.flip(0), g.flip(0))})
     with pytest.raises(ValueError, match="not what was there when training began"):
-        _fit(remover, epochs=1, loaders=_loaders(val=TEST))
-    with pytest.raises(ValueError, match="not what was there when training began"):
-        _fit(remover, epochs=1, loaders=_loaders(_set(200, 0.9, 0)))
+        _fit(MemorizationRemover(), epochs=2, loaders=other, ckpt_path=tmp_path / "half.ckpt")
 
 
 def test_stopped_early_still_removes(masks):
@@ -553,7 +562,7 @@ def test_bad_data_is_refused_before_training():
     refused("held-out examples", limit_val_batches=0)
     refused("out of range", loaders=_loaders(TensorDataset(x, y + 1, g)))
     one_class = TensorDataset(*(t[VAL.tensors[1] == 0] for t in VAL.tensors))
-    refused("absent", loaders=_loaders(val=one_class))
+    refused("fewer than two", loaders=_loaders(val=one_class))
     refused("NaN", loaders=_loaders(TensorDataset(x * torch.nan, y, g)))
     refused("is not an nn.Linear", MemorizationRemover(head="net.1"))
     assert not trained

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
 from demem.batch import Batch, batch_size, unpack_batch
+from demem.callbacks._sampling import ReweightedSampler
+
+_WHOLE = (SequentialSampler, RandomSampler, DistributedSampler, WeightedRandomSampler, ReweightedSampler)
+"""Samplers that draw from all of a data set."""
 
 
 def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
@@ -78,13 +92,15 @@ def examples(
     """Go once through the loader's data set, in its own order, without shuffling, padding or repeats.
 
     Every process of a distributed run gets its own share; :func:`gather_rows` puts what they made in order again.
-    ``limit_train_batches`` and ``limit_val_batches`` hold.  An iterable data set is read as its loader yields it.
+    ``limit_train_batches`` and ``limit_val_batches`` hold; of shuffled data they take evenly spaced examples.  An
+    iterable data set is read as its loader yields it, from the same random state each time, so that one that shuffles
+    gives the same order; call this within :func:`undisturbed`.
 
     Args:
         trainer, pl_module: of the run.
         loader: of the training or the validation data.
         description: of the progress bar; none is shown without it.
-        limit: at most so many examples, evenly spaced over the data set.
+        limit: at most so many examples, evenly spaced over the data set; the first ones of an iterable data set.
         only: positions in the data set, ascending; an iterable data set is read whole.
 
     Yields:
@@ -92,6 +108,8 @@ def examples(
     """
     rank, world = trainer.global_rank, trainer.world_size
     positions, source = _in_order(trainer, loader, rank, world, limit, only)
+    if positions is None:
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002 (what a stream shuffles by)
     grouper = find_grouper(trainer, loader)
     shown = bool(description) and trainer.progress_bar_callback is not None and trainer.is_global_zero
     seen = 0
@@ -101,6 +119,8 @@ def examples(
         here = torch.arange(seen, seen + size)
         yield (here * world + rank if positions is None else positions[here]), batch
         seen += size
+        if positions is None and limit is not None and seen * world >= limit:
+            return  # it may be endless
 
 
 def has_positions(loader: DataLoader[Any]) -> bool:
@@ -175,16 +195,45 @@ def _in_order(
     per_batch = loader.batch_size or 64
     if only is not None:
         return only[rank::world], _reading(loader, only[rank::world], per_batch)
-    sampler = loader.sampler
-    chosen = getattr(getattr(sampler, "sampler", sampler), "indices", None)  # a SubsetRandomSampler reads a part only
-    size = len(loader.dataset)  # type: ignore[arg-type]
-    positions = torch.arange(size) if chosen is None else torch.as_tensor(chosen).sort().values
+    positions = _own_positions(trainer, loader)
     if batches is not None:
-        positions = positions[: batches * per_batch * world]
-    if limit is not None and len(positions) > limit:
-        positions = positions[torch.linspace(0, len(positions) - 1, limit).round().long()]
+        some = batches * per_batch * world
+        positions = positions[:some] if _sequential(loader) else _evenly(positions, some)
+    if limit is not None:
+        positions = _evenly(positions, limit)
     positions = positions[rank::world]
     return positions, _reading(loader, positions, per_batch)
+
+
+def _evenly(positions: Tensor, size: int) -> Tensor:
+    if len(positions) <= size:
+        return positions
+    return positions[torch.linspace(0, len(positions) - 1, size).round().long()]
+
+
+def _sampler(loader: DataLoader[Any]) -> Any:
+    """What the loader's batches are drawn by, without Lightning's wrapper for several processes."""
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", None)
+    return sampler if wrapped is None else wrapped
+
+
+def _sequential(loader: DataLoader[Any]) -> bool:
+    sampler = _sampler(loader)
+    return isinstance(sampler, SequentialSampler) or getattr(sampler, "shuffle", True) is False
+
+
+def _own_positions(trainer: pl.Trainer, loader: DataLoader[Any]) -> Tensor:
+    """Positions in the data set, ascending, of the examples that are the loader's: its sampler may draw from a part."""
+    sampler = _sampler(loader)
+    chosen = getattr(sampler, "indices", None)
+    if chosen is None and not isinstance(sampler, _WHOLE) and loader is not _first_loader(trainer.train_dataloader):
+        with isolate_rng():
+            drawn = list(sampler) if sampler is not None else [i for batch in loader.batch_sampler for i in batch]  # type: ignore[union-attr]
+        chosen = trainer.strategy.broadcast(sorted(set(drawn)))
+    if chosen is None:
+        return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
+    return torch.as_tensor(chosen).sort().values
 
 
 def _reading(loader: DataLoader[Any], positions: Tensor, size: int) -> DataLoader[Any]:
@@ -200,6 +249,17 @@ def _reading(loader: DataLoader[Any], positions: Tensor, size: int) -> DataLoade
 
 
 def _first(loader: DataLoader[Any], limit: int | None) -> Iterator[Any]:
+    if loader.persistent_workers:  # its iterator is the trainer's own, and would start again
+        loader = DataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            sampler=None if isinstance(loader.dataset, IterableDataset) else loader.sampler,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            drop_last=loader.drop_last,
+            worker_init_fn=loader.worker_init_fn,
+        )
     for i, batch in enumerate(loader):
         if limit is not None and i >= limit:
             return
@@ -215,9 +275,14 @@ def _batch_limit(trainer: pl.Trainer, loader: DataLoader[Any]) -> int | None:
 
 
 def _to_device(trainer: pl.Trainer, batch: Any) -> Any:
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    stage = trainer.state.stage
+    trainer.validating = True  # a module may augment batches of training on their way
+    try:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    finally:
+        trainer.state.stage = stage
 
 
 def _all_gather(trainer: pl.Trainer, rows: Tensor) -> Tensor:

@@ -30,11 +30,11 @@ def fine_tune(
 ) -> bool:
     """Minimise cross-entropy on a few examples by Adam, whose learning rate falls from ``lr`` to 0 by a cosine.
 
-    The step is Adam's own, not the trainer's: with frozen statistics, in evaluation mode, a learning rate that suits
-    batch norm in training tears a network apart, and Adam's steps have the same size whatever the scale of the loss.
-    Batch-norm statistics, the random state and the trainer's optimizers stay as they are; dropout is off.  Every
-    process does the same steps; the weights of the first one count.  Should the loss or a weight not be finite, all
-    weights are put back and a warning tells so.
+    Weights that the trainer's optimizers do not hold stay as they are.  The step is Adam's own, not the trainer's: with
+    frozen statistics, in evaluation mode, a learning rate that suits batch norm in training tears a network apart, and
+    Adam's steps have the same size whatever the scale of the loss.  Batch-norm statistics, the random state and the
+    trainer's optimizers stay as they are; dropout is off.  Every process does the same steps; the weights of the first
+    one count.  Should the loss or a weight not be finite, all weights are put back and a warning tells so.
 
     Args:
         trainer, pl_module: of the run.
@@ -49,7 +49,8 @@ def fine_tune(
     Returns:
         Whether the weights are the new ones.
     """
-    parameters = [p for p in pl_module.parameters() if p.requires_grad]
+    trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    parameters = [p for p in pl_module.parameters() if p.requires_grad and id(p) in trained]
     before = [p.detach().clone() for p in parameters]
     generator = torch.Generator().manual_seed(seed)
     finite = True

@@ -108,10 +108,11 @@ class MemorizationRemover(Callback):
         fine_tuned_on: how many held-out examples the network was fine-tuned on; 0 if it was not.
 
     Raises:
-        ValueError: before training: no validation data, layers that match nothing, labels out of range, a class absent
-            from the validation data, a head that does not give the logits by itself, groups asked for but not in the
-            batch, activations that are not finite, a callback that averages weights listed before this one where that
-            would mix up buffers.
+        ValueError: before training: no validation data, layers that match nothing or do not give a row for each
+            example, labels out of range, a class with fewer than two training or validation examples, a head that does
+            not give the logits by itself or is no plain linear layer, groups asked for but not in the batch,
+            activations that are not finite, a callback that averages weights listed before this one where that would
+            mix up buffers.  Later: the data is not what it was (a stream that gives another order each time).
 
     Source: own; the parts are related to Bansal et al. 2022 and You et al. 2025 (tracing and masking), and to
     Kirichenko et al. 2023 (last-layer refit).
@@ -170,13 +171,15 @@ class MemorizationRemover(Callback):
         self.fine_tuned_on = 0
         self._gates: Gates | None = None
         self._site: Site
-        self._loaded_gate: Tensor | None = None
         # Inferred (or, held out and with use_groups, true) groups of the examples that were read, in data set order.
         self._train_groups, self._held_out_groups, self._train_positions = _NOTHING, _NOTHING, _NOTHING
+        self._train_labels, self._held_out_labels = _NOTHING, _NOTHING  # to tell other data by
         self._looks_again = False  # the first probe is a poor one, and the second is still to come
         self._typical = _NOTHING  # (C,) the largest group of each class in the training set
         self._removed_at_step = -1
-        self._written: Tensor | None = None  # the head's weight after step 4
+        self._loaded_gate: Tensor | None = None
+        self._written: Tensor | None = None  # the head's weight after step 4, on the CPU
+        self._fresh = True  # no epoch of this fit has begun
         self._undo: Callable[[], None] | None = None  # puts the training loader's own sampler back
 
     @property
@@ -190,7 +193,9 @@ class MemorizationRemover(Callback):
             "gate": None if self._gates is None else next(iter(self._gates.state_dict().values())),
             "train_groups": self._train_groups,
             "train_positions": self._train_positions,
+            "train_labels": self._train_labels,
             "held_out_groups": self._held_out_groups,
+            "held_out_labels": self._held_out_labels,
             "looks_again": self._looks_again,
             "typical": self._typical,
             "removed_at_step": self._removed_at_step,
@@ -203,7 +208,9 @@ class MemorizationRemover(Callback):
         self._loaded_gate = state_dict["gate"]
         self._train_groups = state_dict["train_groups"]
         self._train_positions = state_dict["train_positions"]
+        self._train_labels = state_dict["train_labels"]
         self._held_out_groups = state_dict["held_out_groups"]
+        self._held_out_labels = state_dict["held_out_labels"]
         self._looks_again = bool(state_dict["looks_again"])
         self._typical = state_dict["typical"]
         self._removed_at_step = int(state_dict["removed_at_step"])
@@ -222,24 +229,32 @@ class MemorizationRemover(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._make_gates(pl_module)
-        if self._gates is not None and self._loaded_gate is not None:
-            self._gates[self._site.name] = self._loaded_gate
-            self._loaded_gate = None
+        self._set_gate(self._loaded_gate)
+        self._loaded_gate = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         held_out_loader(trainer)  # refused now rather than after training, if there is none
-        if len(self._train_groups) == 0 and not _is_dry_run(trainer):
+        self._fresh = True
+        if trainer.global_step == 0:  # not resumed
+            self._removed_at_step = -1
+        if (trainer.global_step == 0 or len(self._train_groups) == 0) and not _is_dry_run(trainer):
+            self._looks_again = False
             check_head(trainer, pl_module, *find_head(pl_module, self.head))
             self._infer_groups(trainer, pl_module)
+        if getattr(trainer.fit_loop, "restarted_mid_epoch", False):  # Lightning then leaves the epoch's start out
+            self._rebalance(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _is_dry_run(trainer):
+        if self._looks_again and trainer.current_epoch > self.probe["epoch"] and not _is_dry_run(trainer):
+            self._infer_groups(trainer, pl_module)
+        self._rebalance(trainer)
+
+    def _rebalance(self, trainer: pl.Trainer) -> None:
+        """Step 2, anew every epoch, for loaders that are reloaded between epochs."""
+        first, self._fresh = self._fresh, False
+        waits = self._looks_again and trainer.max_epochs != trainer.current_epoch + 1
+        if _is_dry_run(trainer) or not self.rebalance or not self._knows_groups or waits:
             return
-        if trainer.current_epoch == 1 and self._looks_again:
-            self._infer_groups(trainer, pl_module, epoch=1)
-        if not self.rebalance or not self._knows_groups or (self._looks_again and trainer.max_epochs != 1):
-            return
-        # Anew every epoch, for loaders that are reloaded between epochs.
         self._restore_sampler()
         loader, weights = train_loader(trainer), balanced_weights(self._train_groups, SMOOTHING)
         if has_positions(loader) and len(loader.dataset) <= int(self._train_positions[-1]):  # type: ignore[arg-type]
@@ -249,8 +264,11 @@ class MemorizationRemover(Callback):
             warnings.warn(
                 "MemorizationRemover does not rebalance: the training DataLoader has a sampler of its own or does not "
                 "shuffle. Use shuffle=True, or rebalance=False to silence this.",
-                stacklevel=2,
+                stacklevel=3,
             )
+        elif first and loader.num_workers > 0:
+            # The first epoch's iterator was made before, and its workers have drawn from the loader's own sampler.
+            iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -276,10 +294,15 @@ class MemorizationRemover(Callback):
             return
         # Stochastic and exponential weight averaging, or a callback that takes the best epoch's weights back, write
         # theirs when training ends.
-        changed = not torch.equal(self._site.module.weight, self._written)  # type: ignore[arg-type]
+        weight: Tensor = self._site.module.weight  # type: ignore[assignment]
+        changed = not torch.equal(weight.detach().cpu(), self._written)
         if trainer.strategy.reduce_boolean_decision(changed, all=False):
-            self._gates[self._site.name] = torch.ones(self._site.require_num_units())
+            self._set_gate()
+            # Lightning has taken the module off the device by now.
+            device = pl_module.device
+            pl_module.to(trainer.strategy.root_device)
             self._remove(trainer, pl_module)
+            pl_module.to(device)
             warnings.warn(
                 "Another callback changed the weights when training ended, so units were removed anew, from the new "
                 f"weights, {_AFTER_VALIDATION}",
@@ -300,29 +323,42 @@ class MemorizationRemover(Callback):
             name, head = find_head(pl_module, self.head)
             if head.bias is None:
                 raise ValueError(f"The head {name!r} has no bias; MemorizationRemover refits weight and bias.")
+            if "weight" not in head._parameters:
+                raise ValueError(
+                    f"The weight of the head {name!r} is computed from others (weight or spectral normalisation), so "
+                    "it cannot be refitted. Use a plain linear layer."
+                )
             self._site = Site(f"{name}:input", head, "input", head.in_features)
             self._gates = Gates([self._site])
+            head.register_load_state_dict_post_hook(_open_when_loaded)  # type: ignore[no-untyped-call]
 
-    def _infer_groups(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int = 0) -> None:
+    def _set_gate(self, gate: Tensor | None = None) -> None:
+        """By default it is open: a mask belongs to the weights that it was chosen for, and they are 0 where it is."""
+        if self._gates is not None:
+            self._gates[self._site.name] = torch.ones(self._site.require_num_units()) if gate is None else gate
+
+    def _infer_groups(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Step 1; after an epoch the layer that tells the class best is probed, which speaks for the network."""
         what, classes, sites = "finding the shortcut", self._num_classes(), self._probe_sites(pl_module)
-        probe, train, y, positions = self._probe(trainer, pl_module, sites, PROGRESS if epoch == 0 else 1.0, what)
+        again = self._looks_again
+        probe, train, y, positions = self._probe(trainer, pl_module, sites, 1.0 if again else PROGRESS, what)
         sites = [site for site in sites if site.name == probe.site]
         held_out, held_y, held_group, _ = self._read(trainer, pl_module, held_out_loader(trainer), sites, what)
         _check_labels(held_y, classes, "validation")
-        absent = sorted(set(range(classes)) - set(held_y.tolist()))
-        if absent:
-            raise ValueError(
-                f"Class {absent} is absent from the {len(held_y)} validation examples, so its units cannot be traced. "
-                "Use a validation set with every class (is limit_val_batches too small, or the set sorted by class?)."
-            )
+        _check_present(held_y, classes, "validation")
         # What follows from it must be the same on all processes.
         found: dict[str, Any] = trainer.strategy.broadcast(
-            {"epoch": epoch, "site": probe.site, "error": probe.error, "sure": probe.sure, "shortcut": probe.found}
+            {
+                "epoch": trainer.current_epoch,
+                "site": probe.site,
+                "error": probe.error,
+                "sure": probe.sure,
+                "shortcut": probe.found,
+            }
         )
-        large = found["error"] > self.max_errors[epoch] * (1 - 1 / classes)
-        self._looks_again = large and epoch == 0
-        if large and epoch == 1:
+        large = found["error"] > self.max_errors[int(again)] * (1 - 1 / classes)
+        self._looks_again = large and not again
+        if large and again:
             if found["error"] > self.probe["error"] / 2:
                 return
             found["shortcut"] = False
@@ -333,14 +369,15 @@ class MemorizationRemover(Callback):
                     "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set "
                     "use_groups=False."
                 )
-            attribute = _attribute_from_groups(train, y, held_out[probe.site], held_y, held_group)
-            train_groups, held_out_groups = attribute, held_group
+            held_out_groups = _within_classes(held_y, held_group)
+            train_groups = _groups_like(held_out_groups, train, y, held_out[probe.site], held_y)
         else:
             train_groups = probe.groups(y)
             held_out_groups = probe.groups(held_y, held_out[probe.site])
         self._train_groups = trainer.strategy.broadcast(train_groups.cpu())
         self._held_out_groups = trainer.strategy.broadcast(held_out_groups.cpu())
         self._train_positions = positions.cpu()
+        self._train_labels, self._held_out_labels = y.cpu(), held_y.cpu()
         self._typical = largest_groups(y.cpu(), self._train_groups, classes)
         self.probe = {**found, "groups": torch.bincount(self._train_groups).tolist()}
 
@@ -351,14 +388,18 @@ class MemorizationRemover(Callback):
         loader, classes = train_loader(trainer), self._num_classes()
         rows, y, _, positions = self._read(trainer, pl_module, loader, sites, what, limit=CHOSEN_ON)
         _check_labels(y, classes, "training")
-        whole = len(y) != CHOSEN_ON  # iterable data has no positions to choose from: it is read to its end
+        whole = len(y) < CHOSEN_ON
         if whole or int(torch.bincount(y, minlength=classes).min()) > 1:
+            _check_present(y, classes, "training")
             probe = find_shortcut(rows, y, classes, progress, min_sure=self.min_sure)
             chosen = trainer.strategy.broadcast(probe.site)
             sites = [site for site in sites if site.name == chosen]
+            if chosen != probe.site:  # rounding differs between devices
+                probe = find_shortcut({chosen: rows[chosen]}, y, classes, min_sure=self.min_sure)
         if not whole:
             rows, y, _, positions = self._read(trainer, pl_module, loader, sites, what)
             _check_labels(y, classes, "training")
+            _check_present(y, classes, "training")
             probe = find_shortcut(rows, y, classes, progress, min_sure=self.min_sure)
         return probe, rows[probe.site], y, positions
 
@@ -378,6 +419,9 @@ class MemorizationRemover(Callback):
         gates, site = self._gates, self._site
         if gates is None:
             raise RuntimeError("MemorizationRemover was not set up; use it as a callback of a Trainer.")
+        with torch.no_grad():  # in training that was resumed under a mask, momentum moves the weights behind it
+            site.module.weight.mul_(gates[site.name].to(site.module.weight))  # type: ignore[operator, arg-type]
+        self._set_gate()
         train, held_out, positions = self._examples(trainer, pl_module)
         rounds = remove_in_rounds(
             train,
@@ -400,7 +444,7 @@ class MemorizationRemover(Callback):
             write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
             self.fine_tuned_on = self._fine_tune(trainer, pl_module, held_out, positions)
         self._removed_at_step = trainer.global_step
-        self._written = self._site.module.weight.detach().clone()  # type: ignore[operator]
+        self._written = self._site.module.weight.detach().cpu().clone()  # type: ignore[operator]
 
     def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Examples, Examples, Tensor]:
         """What the head reads of some training examples and of the held-out ones, and the latter's positions."""
@@ -411,9 +455,12 @@ class MemorizationRemover(Callback):
         held_out, held_y, _, positions = self._read(
             trainer, pl_module, held_out_loader(trainer), [self._site], "tracing"
         )
-        if len(held_y) != len(self._held_out_groups) or not bool(torch.isin(read.cpu(), known).all()):
+        if not torch.equal(held_y.cpu(), self._held_out_labels) or not bool(torch.isin(read.cpu(), known).all()):
             raise _other_data()
-        train_group = self._train_groups[torch.searchsorted(known, read.cpu())]
+        where = torch.searchsorted(known, read.cpu())
+        if not torch.equal(y.cpu(), self._train_labels[where]):
+            raise _other_data()
+        train_group = self._train_groups[where]
         return (
             Examples(train[name].float(), y, train_group.to(y.device)),
             Examples(held_out[name].float(), held_y, self._held_out_groups.to(held_y.device)),
@@ -472,8 +519,15 @@ class MemorizationRemover(Callback):
                 labels.append(batch.y)
                 if batch.group is not None:
                     groups.append(batch.group)
+        sizes = [len(y) for y in labels]
+        uneven = [name for name, values in rows.items() if [len(v) for v in values] != sizes]
+        if uneven and (self.probe_layers is not None or len(uneven) == len(rows)):
+            raise ValueError(
+                f"The layers {', '.join(uneven)} do not give one row per example: they run several times, or the first "
+                "axis is not the batch (batch_first=False). Name others as probe_layers."
+            )
         where = torch.cat(index)
-        features = {name: gather_rows(trainer, where, torch.cat(values)) for name, values in rows.items()}
+        features = {n: gather_rows(trainer, where, torch.cat(rows[n])) for n in rows if n not in uneven}
         group = gather_rows(trainer, where, torch.cat(groups)) if len(groups) == len(labels) else None
         return features, gather_rows(trainer, where, torch.cat(labels)), group, gather_rows(trainer, where, where)
 
@@ -489,10 +543,16 @@ def _check_order(trainer: pl.Trainer, pl_module: pl.LightningModule, remover: Ca
             raise ValueError(f"List MemorizationRemover before {type(callback).__name__} in the Trainer's callbacks.")
 
 
+def _open_when_loaded(head: nn.Module, _: Any) -> None:
+    gate = head._buffers.get("input_gate")
+    if gate is not None:
+        gate.fill_(1.0)
+
+
 def _other_data() -> ValueError:
     return ValueError(
         "The training or validation data is not what was there when training began. Use a new MemorizationRemover for "
-        "other data."
+        "other data, and a data set that gives its examples in the same order each time."
     )
 
 
@@ -501,7 +561,23 @@ def _check_labels(y: Tensor, classes: int, where: str) -> None:
         raise ValueError(f"Label {int(y.max())} in the {where} data is out of range: the head has {classes}.")
 
 
-def _attribute_from_groups(features: Tensor, y: Tensor, held_out: Tensor, held_y: Tensor, group: Tensor) -> Tensor:
+def _check_present(y: Tensor, classes: int, where: str) -> None:
+    few = [c for c, n in enumerate(torch.bincount(y, minlength=classes).tolist()) if n < 2]
+    if few:
+        raise ValueError(
+            f"Of class {few} there are fewer than two among the {len(y)} {where} examples, so its units cannot be "
+            f"traced. Use a {where} set with every class (are the batches limited, or the set sorted by class?)."
+        )
+
+
+def _within_classes(y: Tensor, group: Tensor) -> Tensor:
+    """Groups that do not span classes: those given, or, where they tell an attribute only, class and attribute."""
+    groups = int(group.max()) + 1
+    crossed = y * groups + group
+    return group if len(set(crossed.tolist())) == len(set(group.tolist())) else crossed
+
+
+def _groups_like(group: Tensor, features: Tensor, y: Tensor, held_out: Tensor, held_y: Tensor) -> Tensor:
     """Groups of the training examples, by a probe that was fitted on the held-out ones' true groups; an example can
     only be of a group that its class has."""
     probe = fit_linear(held_out, group, balanced_weights(group), 1e-2)

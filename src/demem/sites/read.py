@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -185,16 +185,24 @@ def deciding_heads(model: nn.Module, x: Any) -> list[str]:
         logits = _centred(check_finite(apply_model(model, x).float(), "the logits"))
         outputs = {name: _centred(as_logits(rows.float())) for name, rows in reader.pop().items()}
 
-    def decides(name: str, output: Tensor) -> bool:
-        # Logits that hardly differ between examples resemble any head's; another head's would not change sign with it.
-        if output.shape != logits.shape or (output * logits).sum() < 0.999 * output.norm() * logits.norm():
-            return False
-        hook = layers[name].register_forward_hook(lambda *call: -call[-1])
+    def with_output(name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
+        hook = layers[name].register_forward_hook(lambda *call: change(call[-1]))
         try:
-            negated = _centred(apply_model(model, x).float())
+            return _centred(apply_model(model, x).float())
         finally:
             hook.remove()
-        return bool((negated + logits).norm() <= 0.01 * logits.norm())
+
+    def decides(name: str, output: Tensor) -> bool:
+        if output.shape != logits.shape or (output * logits).sum() < 0.999 * output.norm() * logits.norm():
+            return False
+        # Logits that hardly differ between examples resemble any head's; another head's would not change with it.
+        if bool(logits.any()):
+            change, expected = with_output(name, torch.neg), -logits
+        else:  # a new head of zeros
+            shift = torch.arange(layers[name].out_features, device=logits.device) + 1.0
+            change = with_output(name, lambda out: out + shift.to(out))
+            expected = _centred(as_logits(shift.expand(len(logits), -1)))
+        return bool((change - expected).norm() <= 0.01 * expected.norm())
 
     with torch.no_grad(), eager():
         return [name for name, output in outputs.items() if decides(name, output)]

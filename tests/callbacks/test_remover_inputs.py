@@ -1,0 +1,268 @@
+"""What the remover is given: loaders and samplers of all kinds, heads, weights from elsewhere."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from test_remover import MANY, TRAIN, VAL, Net, _fit, _loaders, _Save, _set, _worst, masks  # noqa: F401
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+
+from demem.callbacks import MemorizationRemover
+
+
+class _Drawn(pl.Callback):
+    """How many examples of each group every epoch drew."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if len(self.epochs) <= trainer.current_epoch:
+            self.epochs += [torch.zeros(4)] * (1 + trainer.current_epoch - len(self.epochs))
+        self.epochs[trainer.current_epoch] = self.epochs[-1] + torch.bincount(batch[2], minlength=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_that_started_before_do_not_keep_the_first_epoch_unbalanced(persistent):
+    with_workers, without = _Drawn(), _Drawn()
+    _fit(MemorizationRemover(), epochs=2, callbacks=[without])
+    loaders = _loaders(num_workers=1, persistent_workers=persistent)
+    _fit(MemorizationRemover(), epochs=2, callbacks=[with_workers], loaders=loaders)
+    assert torch.equal(torch.stack(with_workers.epochs), torch.stack(without.epochs))
+
+
+def test_resumed_within_an_epoch_the_rest_is_rebalanced(tmp_path):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 9:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    _fit(MemorizationRemover(), epochs=2, callbacks=[Save()])
+    drawn = _Drawn()
+    _fit(MemorizationRemover(), epochs=2, callbacks=[drawn], ckpt_path=tmp_path / "within.ckpt")
+    groups = drawn.epochs[-1]
+    assert groups.sum() < len(TRAIN)
+    assert groups.max() < 3 * groups.min()  # 19 : 1 as they are
+
+
+@pytest.mark.parametrize("kind", ["subset", "list", "batches"])
+def test_held_out_examples_are_those_that_the_sampler_draws_from(kind):
+    everything = TensorDataset(*(torch.cat(pair) for pair in zip(TRAIN.tensors, VAL.tensors, strict=True)))
+    part = list(range(len(TRAIN), len(everything)))
+    options = {
+        "subset": {"sampler": SubsetRandomSampler(part), "batch_size": 32},
+        "list": {"sampler": part, "batch_size": 32},
+        "batches": {"batch_sampler": BatchSampler(SubsetRandomSampler(part), 32, False)},
+    }[kind]
+    loaders = {"train_dataloaders": DataLoader(TRAIN, 32, shuffle=True)}
+    remover, expected = MemorizationRemover(), MemorizationRemover()
+    _fit(remover, epochs=1, loaders=loaders | {"val_dataloaders": DataLoader(everything, **options)})
+    _fit(expected, epochs=1)
+    assert torch.equal(remover._held_out_groups, expected._held_out_groups)
+
+
+def test_limited_batches_of_sorted_data_hold_every_class():
+    order = TRAIN.tensors[1].argsort(stable=True)
+    data = TensorDataset(*(t[order] for t in TRAIN.tensors))
+    remover = MemorizationRemover()
+    _fit(remover, epochs=1, loaders=_loaders(data), limit_train_batches=0.5)
+    groups = torch.tensor(remover.probe["groups"]).view(2, 2).sum(1)
+    assert groups.min() > 0.4 * groups.sum()
+
+
+class _Stream(IterableDataset):
+    def __init__(self, endless=False, shuffled=None):
+        self.endless, self.shuffled = endless, shuffled
+
+    def __iter__(self):
+        while True:
+            order = self.shuffled(len(TRAIN)) if self.shuffled else torch.arange(len(TRAIN))
+            yield from (TRAIN[i] for i in order.tolist())
+            if not self.endless:
+                return
+
+
+def _stream(**options):
+    data = _Stream(**{k: options.pop(k) for k in ("endless", "shuffled") if k in options})
+    return _loaders() | {"train_dataloaders": DataLoader(data, 32, **options)}
+
+
+def test_an_endless_stream_is_read_up_to_max_examples():
+    remover = MemorizationRemover(max_examples=100, rebalance=False)
+    _, trainer = _fit(remover, epochs=-1, loaders=_stream(endless=True), max_steps=12)
+    assert trainer.global_step == 12
+    assert 100 <= sum(remover.probe["groups"]) < 100 + 32
+
+
+@pytest.mark.slow
+def test_a_stream_with_persistent_workers_keeps_its_batches():
+    drawn = _Drawn()
+    loaders = _stream(num_workers=1, persistent_workers=True)
+    _fit(MemorizationRemover(rebalance=False), epochs=2, callbacks=[drawn], loaders=loaders)
+    assert [int(groups.sum()) for groups in drawn.epochs] == [len(TRAIN)] * 2
+
+
+def test_a_stream_that_shuffles():
+    remover = MemorizationRemover(rebalance=False)
+    _fit(remover, epochs=3, loaders=_stream(shuffled=torch.randperm))
+    assert remover.rounds
+    own = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="in the same order each time"):
+        _fit(remover, epochs=2, loaders=_stream(shuffled=lambda n: torch.randperm(n, generator=own)))
+
+
+def test_augmentation_on_the_device_leaves_held_out_examples_alone():
+    class Augmented(Net):
+        where = ()
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            if self.trainer.training:
+                self.where += (torch.is_grad_enabled(),)
+            return batch
+
+    module, _ = _fit(MemorizationRemover(), Augmented(), epochs=2, loaders=_loaders(val=MANY))
+    assert len(module.where) == 2 * 8  # the batches of training, and no others
+
+
+def test_layers_that_do_not_give_a_row_for_each_example():
+    class Tokens(Net):
+        """The encoder reads (tokens, batch, channels)."""
+
+        def __init__(self):
+            super().__init__()
+            self.net, self.embed, self.head = None, nn.Linear(12, 16), nn.Linear(16, 2)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0), 1)
+
+        def forward(self, x):
+            return self.head(self.encoder(self.embed(x).expand(5, -1, -1)).mean(0))
+
+    with pytest.raises(ValueError, match="do not give one row per example"):
+        _fit(MemorizationRemover(head="head"), Tokens(), epochs=1)
+    remover = MemorizationRemover(head="head", probe_layers="embed")
+    _fit(remover, Tokens(), epochs=1)
+    assert float((remover._train_groups == TRAIN.tensors[2]).float().mean()) > 0.9
+
+
+def test_one_example_of_a_class_is_refused_before_training():
+    keep = torch.cat([(VAL.tensors[1] == 0).nonzero()[:, 0], (VAL.tensors[1] == 1).nonzero()[:1, 0]])
+    with pytest.raises(ValueError, match=r"Of class \[1\] there are fewer than two"):
+        _fit(MemorizationRemover(), loaders=_loaders(val=TensorDataset(*(t[keep] for t in VAL.tensors))))
+
+
+def test_groups_that_tell_the_attribute_only_are_crossed_with_the_class():
+    def attribute(data):
+        x, y, group = data.tensors
+        return TensorDataset(x, y, group % 2)
+
+    crossed, expected = MemorizationRemover(use_groups=True), MemorizationRemover(use_groups=True)
+    _fit(crossed, epochs=1, loaders=_loaders(attribute(TRAIN), attribute(VAL)))
+    _fit(expected, epochs=1)
+    assert torch.equal(crossed._held_out_groups, expected._held_out_groups)
+    assert torch.equal(crossed._train_groups, expected._train_groups)
+
+
+class _Headed(Net):
+    def __init__(self, head):
+        super().__init__()
+        self.net[4] = head
+
+
+class _Cosine(nn.Linear):
+    def forward(self, x):
+        return 5 * F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (nn.utils.parametrizations.weight_norm(nn.Linear(16, 2)), "computed from others"),
+        (_Cosine(16, 2), "is not weight · x"),
+    ],
+    ids=["weight norm", "cosine"],
+)
+def test_heads_that_cannot_be_refitted(head, reason):
+    with pytest.raises(ValueError, match=reason):
+        _fit(MemorizationRemover(), _Headed(head))
+
+
+def test_a_new_head_of_zeros_is_told_from_another_layer():
+    class Auxiliary(Net):
+        def __init__(self):
+            super().__init__()
+            nn.init.zeros_(self.net[4].weight), nn.init.zeros_(self.net[4].bias)
+            self.aux = nn.Linear(16, 2)
+
+        def forward(self, x):
+            z = self.net[:4](x)
+            self.aux(z)
+            return self.net[4](z)
+
+    with pytest.raises(ValueError, match=r"Pass head='net\.4', which does"):
+        _fit(MemorizationRemover(), Auxiliary())
+    _fit(MemorizationRemover(head="net.4"), Auxiliary(), epochs=1)
+
+
+def test_weights_from_elsewhere_are_not_masked(masks):  # noqa: F811
+    remover = MemorizationRemover(shares=(0.5,))
+    module, _ = _fit(remover, epochs=1)
+    assert (module.net[4].get_buffer("input_gate") == 0).any()
+    other = Net(seed=3)
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module.eval()(VAL.tensors[0]), other.eval()(VAL.tensors[0]))
+
+
+def test_resumed_to_train_longer_the_checkpoint_still_needs_no_demem(masks, tmp_path, monkeypatch):  # noqa: F811
+    _, trainer = _fit(MemorizationRemover(shares=(0.5,)), epochs=2)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    monkeypatch.setattr("demem.callbacks.remover.choose_round", lambda *_: 0)  # as trained, under the first mask
+    module, _ = _fit(MemorizationRemover(shares=(0.5,)), epochs=3, ckpt_path=tmp_path / "end.ckpt")
+    plain = Net()
+    plain.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(plain.eval()(VAL.tensors[0]), module.eval()(VAL.tensors[0]), atol=1e-6)
+
+
+def test_weights_put_back_when_training_ends_on_another_device():
+    """Lightning takes the module to the CPU before ``on_fit_end``."""
+
+    class Away(Net):
+        away = False
+
+        def cpu(self):
+            self.away = True
+            return super().cpu()
+
+        def to(self, *args, **kwargs):
+            self.away = False
+            return super().to(*args, **kwargs)
+
+        def forward(self, x):
+            if self.away:
+                raise RuntimeError("Expected all tensors to be on the same device.")
+            return super().forward(x)
+
+    class Restore(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+        def on_train_end(self, trainer, pl_module):
+            pl_module.load_state_dict(self.state)
+
+    remover = MemorizationRemover()
+    with pytest.warns(UserWarning, match="removed anew"):
+        module, _ = _fit(remover, Away(), epochs=2, callbacks=[Restore()])
+    assert remover._written is None
+    assert _worst(module.to("cpu")) > 0.5
+
+
+def test_weights_that_are_not_trained_are_not_fine_tuned():
+    class HeadOnly(Net):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.net[4].parameters(), 3e-3)
+
+    remover = MemorizationRemover()
+    module, _ = _fit(remover, HeadOnly(), epochs=2, loaders=_loaders(_set(240, 0.9, 0), MANY))
+    assert remover.fine_tuned_on > 0
+    assert torch.equal(module.net[0].weight, Net().net[0].weight)
