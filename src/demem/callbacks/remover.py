@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -37,8 +38,8 @@ TRACED = 500  # training examples of each inferred group: what units and heads a
 TUNED_ON = 64  # held-out examples of each class; fewer do not say how the features should change
 _NOTHING = torch.empty(0, dtype=torch.long)
 _AFTER_VALIDATION = (
-    "after the last validation. Run trainer.validate(model) for accuracies of the gated model, and save a checkpoint "
-    "of it with trainer.save_checkpoint(path)."
+    "after the last validation. Run trainer.validate(model) for accuracies of it as it is now, and save a "
+    "checkpoint of it with trainer.save_checkpoint(path)."
 )
 
 
@@ -101,10 +102,9 @@ class MemorizationRemover(Callback):
     Attributes:
         rounds: one dict for the head as trained (``refit`` is False), then one for each round: ``refit``, ``share``
             masked, ``worst`` inferred-group accuracy on held-out examples, ``chosen``.
-        probe: of the shortcut probe: ``epoch``, 0 or 1, how many went before; ``site``, its layer; ``error``,
-            cross-fitted; ``sure``, the share of its mistakes that it is sure of; ``shortcut``, whether that is
-            ``min_sure`` or more; ``groups``, how many training examples each inferred group ``class · C + attribute``
-            has.
+        probe: of the shortcut probe: ``epoch``, how many went before; ``site``, its layer; ``error``, cross-fitted;
+            ``sure``, the share of its mistakes that it is sure of; ``shortcut``, whether they are taken for those of
+            one (step 1); ``groups``, how many training examples each inferred group ``class · C + attribute`` has.
         fine_tuned_on: how many held-out examples the network was fine-tuned on; 0 if it was not.
 
     Raises:
@@ -241,12 +241,14 @@ class MemorizationRemover(Callback):
             self._looks_again = False
             check_head(trainer, pl_module, *find_head(pl_module, self.head))
             self._infer_groups(trainer, pl_module)
+            self._tell()
         if getattr(trainer.fit_loop, "restarted_mid_epoch", False):  # Lightning then leaves the epoch's start out
             self._rebalance(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._looks_again and trainer.current_epoch > self.probe["epoch"] and not _is_dry_run(trainer):
             self._infer_groups(trainer, pl_module)
+            self._tell()
         self._rebalance(trainer)
 
     def _rebalance(self, trainer: pl.Trainer) -> None:
@@ -260,7 +262,12 @@ class MemorizationRemover(Callback):
         if has_positions(loader) and len(loader.dataset) <= int(self._train_positions[-1]):  # type: ignore[arg-type]
             raise _other_data()
         self._undo = reweight(loader, self._train_positions, weights, trainer, self.seed)
-        if self._undo is None:
+        if not has_positions(loader):
+            warnings.warn(
+                "MemorizationRemover cannot rebalance an iterable data set; rebalance=False silences this.",
+                stacklevel=3,
+            )
+        elif self._undo is None:
             warnings.warn(
                 "MemorizationRemover does not rebalance: the training DataLoader has a sampler of its own or does not "
                 "shuffle. Use shuffle=True, or rebalance=False to silence this.",
@@ -283,10 +290,11 @@ class MemorizationRemover(Callback):
         # Stopped early, by time or by a signal: nothing told that the last step was the last.
         if self._removed_at_step != trainer.global_step and not _is_dry_run(trainer):
             self._remove(trainer, pl_module)
-            warnings.warn(
-                f"Training ended before its last planned step, so units were removed {_AFTER_VALIDATION}",
-                stacklevel=2,
-            )
+            if self._refitted:
+                warnings.warn(
+                    f"Training ended before its last planned step, so the network was refitted {_AFTER_VALIDATION}",
+                    stacklevel=2,
+                )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_sampler()
@@ -381,6 +389,18 @@ class MemorizationRemover(Callback):
         self._typical = largest_groups(y.cpu(), self._train_groups, classes)
         self.probe = {**found, "groups": torch.bincount(self._train_groups).tolist()}
 
+    def _tell(self) -> None:
+        if self._looks_again:
+            found = "makes too many mistakes to follow a shortcut; the network is probed again after an epoch"
+        elif self.probe["shortcut"]:
+            found = "follows a shortcut"
+            found += ", so that training draws the inferred groups equally often" * self.rebalance
+        elif self.use_groups:
+            found = "follows no shortcut"
+        else:
+            found = "follows no shortcut, so that the network is trained as it would be without demem"
+        rank_zero_info(f"demem: the probe of {self.probe['site']!r} (error {self.probe['error']:.2f}) {found}.")
+
     def _probe(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, sites: Sequence[Site], progress: float, what: str
     ) -> tuple[ShortcutProbe, Tensor, Tensor, Tensor]:
@@ -402,6 +422,10 @@ class MemorizationRemover(Callback):
             _check_present(y, classes, "training")
             probe = find_shortcut(rows, y, classes, progress, min_sure=self.min_sure)
         return probe, rows[probe.site], y, positions
+
+    @property
+    def _refitted(self) -> bool:
+        return any(r["chosen"] and r["refit"] for r in self.rounds)
 
     @property
     def _knows_groups(self) -> bool:
