@@ -41,7 +41,8 @@ def unpack_batch(
         batch: what a data loader yields.
         module: asked first, if it has an ``unpack_batch`` method.
         grouper: turns a metadata matrix ``(B, M)`` into groups ``(B,)``, e.g. ``metadata_to_group`` of a wilds
-            ``CombinatorialGrouper``.  Without it groups are ``None`` where only metadata is in the batch.
+            ``CombinatorialGrouper``.  Without it a single integer column is taken for the groups; they are ``None``
+            where there are more columns.
 
     Raises:
         TypeError: the batch has a form that cannot be read; the message says how to adapt it.
@@ -133,9 +134,12 @@ def _to_group(extra: Any, size: int, grouper: Callable[[Tensor], Tensor] | None)
     if not isinstance(extra, Tensor):
         return None
     if extra.ndim == 2:
-        if grouper is None:
+        if grouper is not None:
+            extra = grouper(extra)
+        elif extra.shape[1] == 1 and not extra.is_floating_point():
+            extra = extra[:, 0]
+        else:
             return None
-        extra = grouper(extra)
     if extra.shape != (size,) or extra.is_floating_point():
         raise ValueError(f"Groups must be integers of shape ({size},), got {extra.dtype} {tuple(extra.shape)}.")
     if extra.numel() and int(extra.min()) < 0:

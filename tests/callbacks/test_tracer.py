@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from demem.callbacks.tracer import MemorizationTracer
 from demem.data import SpuriousDigits
@@ -69,6 +69,59 @@ def test_nothing_changes_in_the_run_or_the_model(tmp_path):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in traced.modules())
     assert [h["epoch"] for h in tracer.history] == [0, 1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch=0", "epoch=1"]
+
+
+class Noisy(Dataset):
+    """Augmented at random, each time an example is read."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, y = self.data[index]
+        return x + 0.1 * torch.randn_like(x), y
+
+
+def test_pictures_of_augmented_examples_do_not_change_the_run(tmp_path):
+    def weights(callbacks):
+        pl.seed_everything(0, verbose=False)
+        model, (train, val) = Net(), _loaders()
+        _trainer(callbacks).fit(model, DataLoader(Noisy(train.dataset), 16, shuffle=True), val)
+        return model.out.weight
+
+    plain = weights([])
+    traced = weights([MemorizationTracer(dirpath=str(tmp_path), every_n_epochs=1)])
+    assert (tmp_path / "epoch=0" / "memorised_examples.png").exists()
+    assert torch.equal(plain, traced)
+
+
+def test_a_module_without_a_forward_is_traced_by_the_part_with_the_head(tmp_path):
+    class Wrapper(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch, _):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch, _):
+            self.net(batch[0])
+
+        configure_optimizers = Net.configure_optimizers
+
+    traced = []
+    for module in (Net, Wrapper):
+        pl.seed_everything(0, verbose=False)
+        tracer = MemorizationTracer(dirpath=str(tmp_path))
+        _trainer([tracer], epochs=1).fit(module(), *_loaders())
+        traced.append(tracer)
+    plain, wrapped = (tracer.report.columns["two_step"] for tracer in traced)
+    assert list(wrapped) == [f"net.{name}" for name in plain]
+    assert all(torch.equal(wrapped[f"net.{name}"], values) for name, values in plain.items())
+    assert torch.equal(*(tracer.memorised_examples.position for tracer in traced))  # the deciding head was found
 
 
 def test_report_files(tmp_path):

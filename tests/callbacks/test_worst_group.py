@@ -4,8 +4,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
+from demem.callbacks import MemorizationRemover
 from demem.callbacks.worst_group import WorstGroupMonitor
 from demem.data import GroupedDataModule
 from demem.module import Classifier
@@ -186,6 +187,63 @@ def test_classifier_names_labels_out_of_range_and_a_diverged_loss():
         _trainer().fit(model, _loader(X, bad, G))
     with pytest.raises(ValueError, match=r"training loss is nan .* learning rate"):
         _trainer().fit(Classifier(nn.Linear(6, 2)), _loader(X * torch.nan, Y, G))
+
+
+def _biased(n, share, seed):
+    """The class in faint, and an attribute that mostly agrees with it in plain sight."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 2
+    a = torch.where(torch.rand(n, generator=generator) < share, y, 1 - y)
+    x = nn.functional.one_hot(y, 6) + 3.0 * nn.functional.one_hot(2 + a, 6)
+    return TensorDataset(x + 0.5 * torch.randn(n, 6, generator=generator), y, 2 * y + a)
+
+
+@pytest.mark.parametrize("sampled", ["by the remover", "by the user", "in batches of the user's own"])
+def test_sizes_are_those_of_the_data_set_however_it_is_sampled(sampled):
+    def fit(callbacks):
+        pl.seed_everything(0, verbose=False)
+        train, held_out = _biased(240, 0.95, 0), _biased(120, 0.5, 1)
+        g = train.tensors[2]
+        options = {"batch_size": 20, "shuffle": True}
+        if sampled == "by the user":
+            options = {"batch_size": 20, "sampler": WeightedRandomSampler(1.0 + 9.0 * (g % 3 > 0), 240)}
+        elif sampled != "by the remover":
+            options = {"batch_sampler": [[*range(20)], [*range(10), *range(20, 30)]]}
+        model = OwnModule()
+        _trainer(callbacks=callbacks, max_epochs=1).fit(model, DataLoader(train, **options), _loader(*held_out.tensors))
+        return model, torch.bincount(g)
+
+    others, monitor = [MemorizationRemover()] if sampled == "by the remover" else [], WorstGroupMonitor()
+    model, sizes = fit([*others, monitor])
+    assert monitor._train_sizes.tolist() == sizes.tolist()
+    if not others:  # the pass leaves the run as it is
+        assert torch.equal(fit([])[0].net[0].weight, model.net[0].weight)
+
+
+def test_outputs_of_the_removers_own_passes_are_not_kept():
+    class Held(pl.Callback):
+        most = 0
+
+        def on_train_batch_end(self, *args):
+            self.most = max(self.most, *map(len, monitor._seen.values()))
+
+    monitor, held = WorstGroupMonitor(train=True), Held()
+    trainer = _trainer(callbacks=[MemorizationRemover(), held, monitor])
+    trainer.fit(OwnModule(), _loader(X, Y, G, shuffle=True), _loader(X, Y, G))
+    assert held.most == 1
+
+
+def test_a_named_head_comes_before_an_embedding():
+    class Embeds(OwnModule):
+        def forward(self, x):
+            return self.net[:2](x)
+
+        def validation_step(self, batch, batch_idx):
+            self.net[2](self(batch[0]))
+
+    model, monitor = Embeds(), WorstGroupMonitor(head="net.2")
+    _trainer(callbacks=[monitor], max_epochs=1).fit(model, _loader(X, Y, G), _loader(X, Y, G))
+    assert monitor.history[-1]["worst_group_acc"] == pytest.approx(min(_truth(model.net)))
 
 
 @pytest.mark.slow

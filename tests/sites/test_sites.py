@@ -100,6 +100,16 @@ MODELS = {
         lambda: torch.randn(4, 6),
         ["0", "1", "2:input"],
     ),
+    "layer norm over two axes": (
+        lambda: nn.Sequential(nn.LayerNorm((6, 4)), nn.Flatten(), nn.Linear(24, 2)),
+        lambda: torch.randn(5, 6, 4),
+        ["0"],
+    ),
+    "layer norm over two equal axes": (
+        lambda: nn.Sequential(nn.LayerNorm((4, 4)), nn.Flatten(), nn.Linear(16, 2)),
+        lambda: torch.randn(5, 4, 4),
+        ["0"],
+    ),
 }
 
 

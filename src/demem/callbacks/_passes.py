@@ -67,16 +67,27 @@ def _first_loader(loaders: Any) -> Any:
     return loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
 
 
+_extra_passes = 0
+
+
+def in_extra_pass() -> bool:
+    """Whether a callback of demem is reading or fine-tuning just now, so that hooks which watch the run look away."""
+    return _extra_passes > 0
+
+
 @contextmanager
 def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, grad: bool = False) -> Iterator[None]:
     """Evaluation mode, the trainer's precision, no gradients (unless asked for); afterwards every module's mode, the
     random state and (as nothing ran in training mode) the batch-norm statistics are as they were."""
+    global _extra_passes
     modes = [(module, module.training) for module in pl_module.modules()]
+    _extra_passes += 1
     try:
         with isolate_rng(), torch.set_grad_enabled(grad), trainer.precision_plugin.forward_context():
             pl_module.eval()
             yield
     finally:
+        _extra_passes -= 1
         for module, mode in modes:
             module.training = mode
 

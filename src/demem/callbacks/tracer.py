@@ -10,12 +10,13 @@ import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from demem.batch import Batch, apply_model
-from demem.callbacks._passes import examples, gather_rows, held_out_loader, train_loader, undisturbed
-from demem.sites import ActivationReader, Site, check_finite, default_sites, find_head, find_sites
+from demem.callbacks._passes import examples, gather_rows, held_out_loader, network, train_loader, undisturbed
+from demem.sites import ActivationReader, Site, check_finite, default_sites, find_head, find_sites, named_layers
 from demem.sites.read import deciding_heads
 from demem.tracing.atypical import choose_atypical
 from demem.tracing.capture import Ranks, select_rows
@@ -121,6 +122,7 @@ class MemorizationTracer(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._sites(pl_module, self.head)  # errors now rather than after training
+        self._network(pl_module)
         if trainer.limit_val_batches == 0 or not trainer.enable_validation:
             held_out_loader(trainer)
 
@@ -137,21 +139,32 @@ class MemorizationTracer(Callback):
         find_head(pl_module, head)
         return default_sites(pl_module, head) if self.layers is None else find_sites(pl_module, self.layers)
 
+    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
+        return network(pl_module, find_head(pl_module, self.head)[1])
+
+    def _deciding_heads(self, pl_module: pl.LightningModule, x: Any) -> list[str]:
+        """By their names in the whole module, also where only a part of it is called."""
+        model = self._network(pl_module)
+        layers = named_layers(model)
+        found = [layers[name] for name in deciding_heads(model, x)]
+        return [name for name, layer in named_layers(pl_module).items() if any(layer is head for head in found)]
+
     def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         loader = held_out_loader(trainer)
         with undisturbed(trainer, pl_module):
+            model = self._network(pl_module)
             batches, mask = self._select(trainer, pl_module, loader)
-            heads = trainer.strategy.broadcast(deciding_heads(pl_module, batches[0].x))
+            heads = trainer.strategy.broadcast(self._deciding_heads(pl_module, batches[0].x))
             head, _ = find_head(pl_module, self.head)
             if self.head is None and heads and head not in heads:  # the last layer in the code serves another purpose
                 head = heads[-1]
             sites = self._sites(pl_module, head)
             if self.layers is None:
                 with ActivationReader(sites, optional=True) as reader:
-                    apply_model(pl_module, batches[0].x)
+                    apply_model(model, batches[0].x)
                     ran = reader.pop()
                 sites = [site for site in sites if site.name in ran]
-            self.report = trace(pl_module, sites, batches, mask, scores=self.scores, ranks=_ranks(trainer))
+            self.report = trace(model, sites, batches, mask, scores=self.scores, ranks=_ranks(trainer))
             self.memorised_examples = None
             if self.memorised and head in heads:
                 self.memorised_examples = self._rank_training_set(trainer, pl_module, loader, head)
@@ -164,15 +177,17 @@ class MemorizationTracer(Callback):
         rows = [[site, int(u), float(values[site][u])] for site, units in top.items() for u in units]
         self.history.append({"epoch": epoch, "score": self.scores[0], "top": sorted(rows, key=lambda r: -r[2])})
         if trainer.is_global_zero:
-            self._write(trainer, epoch)
+            with isolate_rng():  # the pictures go through the data set's random transforms
+                self._write(trainer, epoch)
 
     def _select(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]
     ) -> tuple[list[Batch], Tensor]:
         """This process's share of the traced examples, and which of them are atypical."""
+        model = self._network(pl_module)
         logits, labels, groups, positions = [], [], [], []
         for index, batch in examples(trainer, pl_module, loader, "Choosing atypical examples"):
-            logits.append(apply_model(pl_module, batch.x).float())
+            logits.append(apply_model(model, batch.x).float())
             labels.append(batch.y)
             groups.append(batch.group)
             positions.append(index)
@@ -233,10 +248,11 @@ class MemorizationTracer(Callback):
         if not bool(memorising.any()) or bool(memorising.all()):
             return None
         centre = z.mean(0)
+        model = self._network(pl_module)
         positions, kept, masked, labels = [], [], [], []
         with ActivationReader([site]) as reader:
             for index, batch in examples(trainer, pl_module, train_loader(trainer), "Ranking training examples"):
-                out = apply_model(pl_module, batch.x).float()
+                out = apply_model(model, batch.x).float()
                 impact = linear_impact(reader.pop()[site.name].float(), weight, batch.y, logits=out, centre=centre)
                 positions.append(index)
                 kept.append(impact[:, ~memorising].sum(1))
@@ -253,9 +269,10 @@ class MemorizationTracer(Callback):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
         rows: dict[str, list[Tensor]] = {"position": [], "z": [], "logits": [], "y": []}
         groups = []
+        model = self._network(pl_module)
         with ActivationReader([site]) as reader:
             for index, batch in examples(trainer, pl_module, loader, "Reading the head's input"):
-                rows["logits"].append(apply_model(pl_module, batch.x).float())
+                rows["logits"].append(apply_model(model, batch.x).float())
                 rows["z"].append(check_finite(reader.pop()[site.name].float(), f"site {site.name!r}"))
                 rows["y"].append(batch.y)
                 rows["position"].append(index)

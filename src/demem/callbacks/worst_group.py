@@ -7,11 +7,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
+from torch.utils.data.distributed import DistributedSampler
 from torch.utils.hooks import RemovableHandle
 
 from demem.batch import as_logits, unpack_batch
-from demem.callbacks._passes import find_grouper
+from demem.callbacks._passes import _first_loader, _sampler, examples, find_grouper, has_positions, in_extra_pass
 from demem.metrics import (
     adjusted_average_accuracy_compute,
     average_accuracy_compute,
@@ -31,10 +34,11 @@ class WorstGroupMonitor(Callback):
     left out.  Of several validation or test loaders the first is read.
 
     Predictions are taken from the step itself: from ``"logits"`` or ``"preds"`` in what it returns, else from what
-    ``self(x)`` returned, else from what the classification head returned.
+    ``self(x)`` returned, else from what the classification head returned (where ``head`` is named, the head's first).
 
     The training sizes are the data module's ``train_group_counts`` if it has them, else they are counted over the first
-    training epoch (without them ``adjusted_avg_acc`` is not logged).
+    training epoch, or in one pass over the training set where a sampler may draw some examples more often than others
+    (without them ``adjusted_avg_acc`` is not logged).
 
     Args:
         train: also report the training batches as the network saw them: augmented, in training mode, while it changes.
@@ -91,9 +95,11 @@ class WorstGroupMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self._sizes_known:
-            loader: Any = trainer.train_dataloader
+            loader: Any = _first_loader(trainer.train_dataloader)
             group = unpack_batch(batch, pl_module, find_grouper(trainer, loader)).group
-            if group is not None:
+            if group is not None and "sizes" not in self._counts and _draws_unevenly(loader):
+                self._count_data_set(trainer, pl_module, loader)
+            elif group is not None:
                 self._add("sizes", torch.bincount(group))
         if self.train:
             self._count("train", trainer, pl_module, outputs, batch, trainer.train_dataloader)
@@ -103,9 +109,7 @@ class WorstGroupMonitor(Callback):
             self._report("train", trainer, pl_module)
             self._stop()
         if "sizes" in self._counts:
-            self._learn_sizes(trainer, pl_module)
-            self._sizes_known = True
-            del self._counts["sizes"]
+            self._finish_sizes(trainer, pl_module)
 
     # Validation and test
 
@@ -197,7 +201,8 @@ class WorstGroupMonitor(Callback):
 
     def _hook(self, place: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self._seen[place].append(output)
+            if not in_extra_pass():
+                self._seen[place].append(output)
 
         return keep
 
@@ -209,7 +214,8 @@ class WorstGroupMonitor(Callback):
             if isinstance(outputs.get("preds"), Tensor):
                 predictions: Tensor = outputs["preds"].detach()
                 return predictions
-        for place in ("module", "head"):
+        # What forward returns may be an embedding, which looks like logits; who names the head knows better.
+        for place in ("module", "head") if self.head is None else ("head", "module"):
             for output in reversed(self._seen[place]):
                 try:
                     logits = as_logits(output)
@@ -262,6 +268,18 @@ class WorstGroupMonitor(Callback):
     def _learn_sizes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._train_sizes = self._summed("sizes", trainer, pl_module.device).cpu()
 
+    def _finish_sizes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._learn_sizes(trainer, pl_module)
+        self._sizes_known = True
+        self._counts.pop("sizes", None)
+
+    def _count_data_set(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]) -> None:
+        with isolate_rng():
+            for _, batch in examples(trainer, pl_module, loader):
+                if batch.group is not None:
+                    self._add("sizes", torch.bincount(batch.group))
+        self._finish_sizes(trainer, pl_module)
+
     def _report(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         device = pl_module.device
         correct, total = (self._summed(f"{stage}/{name}", trainer, device) for name in ("correct", "total"))
@@ -287,6 +305,15 @@ class WorstGroupMonitor(Callback):
         record: dict[str, float | int | str] = {"stage": stage, "epoch": int(trainer.current_epoch)}
         record.update({name: float(value) for name, value in (values | present).items()})
         self.history.append(record)
+
+
+def _draws_unevenly(loader: Any) -> bool:
+    """Whether the loader may draw some examples of its data set more often than others."""
+    if not isinstance(loader, DataLoader) or not has_positions(loader):
+        return False
+    sampler = _sampler(loader)
+    even = (RandomSampler, SequentialSampler, SubsetRandomSampler, DistributedSampler)
+    return type(sampler) not in even or bool(getattr(sampler, "replacement", False))  # a subclass may do anything
 
 
 def _pad(counts: Tensor, size: int) -> Tensor:

@@ -165,6 +165,8 @@ def _scale_outputs(module: nn.Module, gate: Tensor) -> None:
         out, groups = module.out_channels, module.groups
         per_group = gate.view(groups, out // groups).repeat_interleave(weight.shape[0] // groups, 0)
         scaled = weight * per_group.view(*weight.shape[:2], *[1] * (weight.ndim - 2))
+    elif isinstance(module, nn.LayerNorm):
+        scaled = weight * gate  # units are the last of the normalised axes
     else:
         scaled = weight * gate.view(-1, *[1] * (weight.ndim - 1))
     # New parameters, so that a tensor tied to another layer keeps its value there.
