@@ -128,7 +128,7 @@ def test_last_validation_sees_the_gated_model_and_export_gives_the_same(masks):
 def test_leaves_the_network_as_trained_where_the_refit_has_nothing_to_go_by(monkeypatch):
     class TrainsOnly(MemorizationRemover):
         def _remove(self, trainer, pl_module):
-            self.rounds = [{"chosen": True, "share": 0.0, "worst": _worst_inferred(self, pl_module)}]
+            self.rounds = [{"chosen": True, "refit": False, "share": 0.0, "worst": _worst_inferred(self, pl_module)}]
 
     def _worst_inferred(remover, module):
         x, y, _ = VAL.tensors
@@ -268,6 +268,26 @@ class _Save(pl.Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         if trainer.current_epoch == self.epoch:
             trainer.save_checkpoint(self.path)
+
+
+def test_a_network_at_chance_is_probed_again_after_the_next_epoch(monkeypatch):
+    """What it says counts from then on: here the first probe stays, as its mistakes do not become few."""
+    epochs, look = [], MemorizationRemover._infer_groups
+
+    def noted(self, trainer, pl_module):
+        epochs.append(trainer.current_epoch)
+        look(self, trainer, pl_module)
+
+    class Slow(Net):
+        def on_train_epoch_start(self):
+            for group in self.optimizers().param_groups:
+                group["lr"] = 0.0 if self.current_epoch < 2 else 3e-3
+
+    monkeypatch.setattr(MemorizationRemover, "_infer_groups", noted)
+    remover = MemorizationRemover(max_errors=(0, 0), probe_layers="net.0")
+    _fit(remover, Slow(), epochs=5)
+    assert epochs == [0, 1, 2, 3]
+    assert remover.probe["epoch"] == 0
 
 
 def test_resumed_before_the_second_look(tmp_path):

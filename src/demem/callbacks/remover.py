@@ -30,9 +30,10 @@ from demem.linear import balanced_subset, balanced_weights, few_of_each_group, f
 from demem.removal import MASKED_SHARES, Examples, choose_round, largest_groups, remove_in_rounds
 from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
-from demem.tracing.shortcut import MIN_SURE, PROGRESS, ShortcutProbe, find_shortcut
+from demem.tracing.shortcut import MIN_SURE, PROGRESS, ShortcutProbe, class_error, find_shortcut
 
 MAX_ERRORS = (0.25, 0.15)  # a minority is small; once trained, a network soon knows the class itself
+LEARNED_ON, AT_CHANCE = 2_000, 0.8  # training examples that tell, and their share of chance's error from which on
 CHOSEN_ON = 20_000  # training examples that the probed layer is chosen on: those of all layers are in memory at once
 TRACED = 500  # training examples of each inferred group: what units and heads are traced on
 TUNED_ON = 64  # held-out examples of each class; fewer do not say how the features should change
@@ -52,7 +53,8 @@ class MemorizationRemover(Callback):
        group.  Where the probe is mostly unsure of its mistakes, they are merely hard: no shortcut was found, and the
        groups are the classes.  Where it makes many, it follows no shortcut; then the first epoch is left alone, and the
        network is probed again after it, when it leans on one itself.  A second probe with few mistakes counts instead;
-       if it makes at most half as many as the first, yet not few, those were merely hard, too.
+       if it makes at most half as many as the first, yet not few, those were merely hard, too.  (A network that is
+       still at chance then leans on nothing: unless its probe already says so, it is probed after the next epoch.)
     2. *During training* examples are drawn so that the inferred groups of all classes count the same, unless no
        shortcut was found.
     3. *After the last step, before its validation* the units that the head reads are scored by their impact on atypical
@@ -368,6 +370,7 @@ class MemorizationRemover(Callback):
         self._looks_again = large and not again
         if large and again:
             if found["error"] > self.probe["error"] / 2:
+                self._looks_again = not self._has_learned(trainer, pl_module)
                 return
             found["shortcut"] = False
         probe = probe._replace(found=found["shortcut"])
@@ -388,6 +391,13 @@ class MemorizationRemover(Callback):
         self._train_labels, self._held_out_labels = y.cpu(), held_y.cpu()
         self._typical = largest_groups(y.cpu(), self._train_groups, classes)
         self.probe = {**found, "groups": torch.bincount(self._train_groups).tolist()}
+
+    def _has_learned(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether the network does better than chance on what it is trained on; else it leans on nothing yet."""
+        rows, y, _, _ = self._read(trainer, pl_module, train_loader(trainer), [self._site], "probing", limit=LEARNED_ON)
+        error = class_error(read_head(self._site.module)(rows[self._site.name]), y)
+        learned: bool = trainer.strategy.broadcast(error < AT_CHANCE * (1 - 1 / self._num_classes()))
+        return learned
 
     def _tell(self) -> None:
         if self._looks_again:

@@ -88,7 +88,8 @@ def probe_shortcut(
     return find_shortcut({site: features}, y, num_classes, l2=l2, min_sure=min_sure)
 
 
-def _error(logits: Tensor, y: Tensor) -> float:
+def class_error(logits: Tensor, y: Tensor) -> float:
+    """Mean over classes of the share of examples whose largest logit is another class's."""
     wrong = (logits.argmax(1) != y).float()
     return float(torch.stack([wrong[y == c].mean() for c in sorted(set(y.tolist()))]).mean())
 
@@ -131,7 +132,7 @@ def find_shortcut(
         raise ValueError("find_shortcut needs at least one layer, and progress in [0, 1].")
     weights = balanced_weights(y)
     logits = {name: crossfit_logits(values, y, weights, l2, num_classes) for name, values in features.items()}
-    errors = {name: _error(values, y) for name, values in logits.items()}
+    errors = {name: class_error(values, y) for name, values in logits.items()}
     chance, best = 1 - 1 / num_classes, min(errors.values())
     # Where even the best is no better than chance, any layer is as good as another.
     enough = max(best, chance - progress * (chance - best))
