@@ -24,12 +24,10 @@ class _Drawn(pl.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("persistent", [False, True])
-def test_workers_that_started_before_do_not_keep_the_first_epoch_unbalanced(persistent):
+def test_workers_that_started_before_do_not_keep_the_first_epoch_unbalanced():
     with_workers, without = _Drawn(), _Drawn()
     _fit(MemorizationRemover(), epochs=2, callbacks=[without])
-    loaders = _loaders(num_workers=1, persistent_workers=persistent)
-    _fit(MemorizationRemover(), epochs=2, callbacks=[with_workers], loaders=loaders)
+    _fit(MemorizationRemover(), epochs=2, callbacks=[with_workers], loaders=_loaders(num_workers=1))
     assert torch.equal(torch.stack(with_workers.epochs), torch.stack(without.epochs))
 
 
