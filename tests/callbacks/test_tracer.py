@@ -221,6 +221,7 @@ def test_limits_are_kept_and_examples_capped(tmp_path):
     tracer = MemorizationTracer(layers="body.0", scores="taylor", dirpath=str(tmp_path), max_examples=12, memorised=0)
     _fit([tracer])
     assert tracer.report.impacts["taylor"]["body.0"].shape == (12, 6)
+    assert repr(tracer.report) == "UnitReport(taylor of 6 units at body.0)"
     tracer = MemorizationTracer(layers="body.0", scores="taylor", dirpath=str(tmp_path), memorised=0)
     _fit([tracer], limit_val_batches=2)
     assert tracer.report.impacts["taylor"]["body.0"].shape == (20, 6)

@@ -41,6 +41,7 @@ def test_measures_are_those_of_the_functions():
     assert d.mean_entropy == pytest.approx(float(torch.cat(list(entropy(x, 20).values())).mean()))
     assert d.mean_mi == pytest.approx(float(d.mutual_information.mean()))
     assert torch.equal(d.site_mi()["b"], ksg_mutual_information(x["b"]))
+    assert repr(d) == f"Diversity(units {{a: {x['a'].shape[1]}, b: {x['b'].shape[1]}}}, 400 samples)"
     assert d.num_samples == 400
 
 

@@ -31,10 +31,12 @@ class MemorizationTracer(Callback):
 
     Held-out examples are those of the first validation loader.  The report is a folder with
 
-    * ``units.csv`` (or ``.parquet``): a row for each unit with its site, number and every score, best first;
-    * ``units.png``: the unit map, impact on typical against impact on atypical examples;
+    * ``units.csv`` (or ``.parquet``): a row for each unit with its site, number and every score, best first, and mean
+      impacts on either kind of examples (positive: the unit helps them; :class:`~demem.tracing.UnitReport`);
+    * ``units.png``: the unit map, impact on typical against impact on atypical examples, by the first score that has
+      impacts (``taylor``: :mod:`demem.tracing.taylor`; ``two_step`` has none);
     * ``memorised_examples.csv`` and ``.png``: the training examples that stand against what the memorising units of the
-      head's input say (:func:`demem.tracing.memorization_score`), with their position in the training set, and
+      head's input say (:func:`demem.tracing.memorization_score`), with their index in the training set, and
       pictures of the first ones.
 
     Args:

@@ -34,6 +34,10 @@ class Diversity:
     mi_units: dict[str, Tensor]
     num_samples: int
 
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site}: {len(values)}" for site, values in self.entropy.items())
+        return f"{type(self).__name__}(units {{{sites}}}, {self.num_samples} samples)"
+
     @property
     def mean_entropy(self) -> float:
         """Mean over all units of all sites."""

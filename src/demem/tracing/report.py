@@ -34,6 +34,10 @@ class UnitReport:
     columns: dict[str, dict[str, Tensor]]
     impacts: dict[str, dict[str, Tensor]]
 
+    def __repr__(self) -> str:
+        sites = {site: len(values) for site, values in next(iter(self.columns.values())).items()}
+        return f"{type(self).__name__}({', '.join(self.scores)} of {sum(sites.values())} units at {', '.join(sites)})"
+
     @property
     def scores(self) -> list[str]:
         """Names of the scores, the impact columns left out."""
