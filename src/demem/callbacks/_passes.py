@@ -39,7 +39,7 @@ def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
     """
     if trainer.val_dataloaders is None and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    loader = _first_loader(trainer.val_dataloaders)
+    loader = first_loader(trainer.val_dataloaders)
     if not isinstance(loader, DataLoader) or trainer.limit_val_batches == 0:
         raise ValueError(
             "demem needs held-out examples: give the Trainer a validation DataLoader (and do not set "
@@ -54,13 +54,13 @@ def train_loader(trainer: pl.Trainer) -> DataLoader[Any]:
     Raises:
         ValueError: it is not a ``DataLoader``.
     """
-    loader = _first_loader(trainer.train_dataloader)
+    loader = first_loader(trainer.train_dataloader)
     if not isinstance(loader, DataLoader):
         raise ValueError(f"demem needs a training DataLoader to read in order, got {type(loader).__name__}.")
     return loader
 
 
-def _first_loader(loaders: Any) -> Any:
+def first_loader(loaders: Any) -> Any:
     """The first of what a trainer holds: a loader, or a dict or list of loaders."""
     if isinstance(loaders, dict) and loaders:
         loaders = next(iter(loaders.values()))
@@ -222,7 +222,7 @@ def _evenly(positions: Tensor, size: int) -> Tensor:
     return positions[torch.linspace(0, len(positions) - 1, size).round().long()]
 
 
-def _sampler(loader: DataLoader[Any]) -> Any:
+def sampler_of(loader: DataLoader[Any]) -> Any:
     """What the loader's batches are drawn by, without Lightning's wrapper for several processes."""
     sampler = getattr(loader.batch_sampler, "sampler", None)
     wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", None)
@@ -230,15 +230,15 @@ def _sampler(loader: DataLoader[Any]) -> Any:
 
 
 def _sequential(loader: DataLoader[Any]) -> bool:
-    sampler = _sampler(loader)
+    sampler = sampler_of(loader)
     return isinstance(sampler, SequentialSampler) or getattr(sampler, "shuffle", True) is False
 
 
 def _own_positions(trainer: pl.Trainer, loader: DataLoader[Any]) -> Tensor:
     """Positions in the data set, ascending, of the examples that are the loader's: its sampler may draw from a part."""
-    sampler = _sampler(loader)
+    sampler = sampler_of(loader)
     chosen = getattr(sampler, "indices", None)
-    if chosen is None and not isinstance(sampler, _WHOLE) and loader is not _first_loader(trainer.train_dataloader):
+    if chosen is None and not isinstance(sampler, _WHOLE) and loader is not first_loader(trainer.train_dataloader):
         with isolate_rng():
             drawn = list(sampler) if sampler is not None else [i for batch in loader.batch_sampler for i in batch]  # type: ignore[union-attr]
         chosen = trainer.strategy.broadcast(sorted(set(drawn)))
@@ -278,7 +278,7 @@ def _first(loader: DataLoader[Any], limit: int | None) -> Iterator[Any]:
 
 
 def _batch_limit(trainer: pl.Trainer, loader: DataLoader[Any]) -> int | None:
-    training = loader is _first_loader(trainer.train_dataloader)
+    training = loader is first_loader(trainer.train_dataloader)
     limit = trainer.limit_train_batches if training else trainer.limit_val_batches
     if isinstance(limit, float):
         return None if limit >= 1.0 else int(len(loader) * limit)

@@ -14,7 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torch.utils.hooks import RemovableHandle
 
 from demem.batch import as_logits, unpack_batch
-from demem.callbacks._passes import _first_loader, _sampler, examples, find_grouper, has_positions, in_extra_pass
+from demem.callbacks._passes import examples, find_grouper, first_loader, has_positions, in_extra_pass, sampler_of
 from demem.metrics import (
     adjusted_average_accuracy_compute,
     average_accuracy_compute,
@@ -95,7 +95,7 @@ class WorstGroupMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self._sizes_known:
-            loader: Any = _first_loader(trainer.train_dataloader)
+            loader: Any = first_loader(trainer.train_dataloader)
             group = unpack_batch(batch, pl_module, find_grouper(trainer, loader)).group
             if group is not None and "sizes" not in self._counts and _draws_unevenly(loader):
                 self._count_data_set(trainer, pl_module, loader)
@@ -233,7 +233,7 @@ class WorstGroupMonitor(Callback):
     def _count(
         self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, loader: Any
     ) -> None:
-        loader = loader[0] if isinstance(loader, list | tuple) else loader
+        loader = first_loader(loader)
         _, y, group = unpack_batch(batch, pl_module, find_grouper(trainer, loader))
         if group is None:
             raise ValueError(
@@ -311,7 +311,7 @@ def _draws_unevenly(loader: Any) -> bool:
     """Whether the loader may draw some examples of its data set more often than others."""
     if not isinstance(loader, DataLoader) or not has_positions(loader):
         return False
-    sampler = _sampler(loader)
+    sampler = sampler_of(loader)
     even = (RandomSampler, SequentialSampler, SubsetRandomSampler, DistributedSampler)
     return type(sampler) not in even or bool(getattr(sampler, "replacement", False))  # a subclass may do anything
 
