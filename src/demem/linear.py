@@ -69,21 +69,21 @@ def fit_linear(
     x = (features[:, varies] - mean) / std
     penalty = l2 * x.shape[1]
     head = torch.zeros(classes, x.shape[1] + 1, device=x.device)
-    with torch.enable_grad():
-        head.requires_grad_(True)
-        optimizer = torch.optim.LBFGS(
-            [head], max_iter=max_iter, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-6
-        )
+    head.grad = torch.zeros_like(head)
+    optimizer = torch.optim.LBFGS(
+        [head], max_iter=max_iter, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-6
+    )
+    target = F.one_hot(y, classes).float()
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = (F.cross_entropy(x @ head[:, :-1].T + head[:, -1], y, reduction="none") * share).sum()
-            loss = loss + penalty / 2 * head[:, :-1].square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+    def closure() -> Tensor:  # the gradient in closed form takes half of autograd's time
+        v, b = head[:, :-1], head[:, -1]
+        log_p = (x @ v.T + b).log_softmax(1)
+        error = (log_p.exp() - target) * share[:, None]
+        head.grad[:, :-1] = error.T @ x + penalty * v  # type: ignore[index]
+        head.grad[:, -1] = error.sum(0)  # type: ignore[index]
+        return penalty / 2 * v.square().sum() - (log_p * target * share[:, None]).sum()
 
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-    head = head.detach()
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     weight = torch.zeros(classes, features.shape[1], device=x.device)
     weight[:, varies] = head[:, :-1] / std
     return LinearHead(weight, head[:, -1] - weight[:, varies] @ mean)

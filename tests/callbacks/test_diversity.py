@@ -204,20 +204,19 @@ class Record(pl.Callback):
         torch.save(self.monitor.history, f"{self.path}.{trainer.global_rank}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("max_examples", [1000, 40])
-def test_two_processes_equal_one(tmp_path, max_examples):
+def test_two_processes_equal_one(tmp_path, two_processes, max_examples):
     histories = []
     for devices in (1, 2):
         monitor = ActivationDiversityMonitor(max_examples=max_examples)
-        options = dict(strategy="ddp_spawn", devices=2) if devices == 2 else dict(devices=1)
+        options = two_processes if devices == 2 else dict(devices=1)
         # No learning: the processes see other training batches than one process does.
         pl.seed_everything(0, verbose=False)
         model = Net()
         for p in model.parameters():
             p.requires_grad_(p is model.fc.bias)
         record = Record(monitor, str(tmp_path / "h"))
-        trainer = pl.Trainer(**QUIET, max_epochs=1, num_sanity_val_steps=2, **options, callbacks=[monitor, record])
+        trainer = pl.Trainer(**QUIET | options, max_epochs=1, num_sanity_val_steps=2, callbacks=[monitor, record])
         trainer.fit(model, **loaders())
         histories += [torch.load(tmp_path / f"h.{rank}") for rank in range(devices)]
     alone, first, second = (history[0] for history in histories)

@@ -606,16 +606,14 @@ class _Frozen(Net):
             parameter.requires_grad_(False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("val", [VAL, MANY], ids=["few", "many"])
-def test_two_processes_equal_one(tmp_path, val):
+def test_two_processes_equal_one(tmp_path, two_processes, val):
     states = []
     for devices in (1, 2):
         remover = MemorizationRemover(shares=(0.25, 0.5))
         record = _Record(remover, str(tmp_path / f"s{devices}"))
-        strategy = "ddp_spawn" if devices == 2 else "auto"
-        loaders = _loaders(val=val)
-        _fit(remover, _Frozen(), epochs=2, callbacks=[record], loaders=loaders, strategy=strategy, devices=devices)
+        options = two_processes if devices == 2 else {}
+        _fit(remover, _Frozen(), epochs=2, callbacks=[record], loaders=_loaders(val=val), **options)
         states += [torch.load(tmp_path / f"s{devices}.{rank}", weights_only=True) for rank in range(devices)]
     alone, first, second = states
     assert (alone["callback"]["fine_tuned_on"] > 0) == (val is MANY)
@@ -628,13 +626,11 @@ def test_two_processes_equal_one(tmp_path, val):
             assert torch.allclose(value, alone["model"][name], atol=1e-5), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("max_errors", [(1, 0), (0, 1)], ids=["one look", "two looks"])
-def test_two_processes_end_with_the_same_network(tmp_path, max_errors):
-    remover = MemorizationRemover(max_errors=max_errors)
+def test_two_processes_end_with_the_same_network(tmp_path, two_processes, max_errors):
+    remover = MemorizationRemover(max_errors=max_errors, shares=(0.5,))
     record = _Record(remover, str(tmp_path / "s"))
-    loaders = _loaders(val=MANY)
-    _fit(remover, epochs=2, callbacks=[record], loaders=loaders, strategy="ddp_spawn", devices=2)
+    _fit(remover, epochs=2, callbacks=[record], loaders=_loaders(val=MANY), **two_processes)
     first, second = (torch.load(tmp_path / f"s.{rank}", weights_only=True) for rank in range(2))
     assert first["callback"]["fine_tuned_on"] > 0
     assert first["callback"]["probe"] == second["callback"]["probe"]

@@ -257,8 +257,7 @@ class Still(Net):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def _run(devices: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def _run(folder: str, **options) -> None:
     pl.seed_everything(0, verbose=False)
     model = Still()
     tracer = MemorizationTracer(
@@ -267,17 +266,15 @@ def _run(devices: int, folder: str) -> None:
         dirpath=folder,
         memorised=6,
     )
-    options = {"strategy": "ddp_spawn", "devices": 2} if devices == 2 else {"devices": 1}
     trainer = _trainer([tracer], epochs=1, limit_train_batches=1, **options)
     trainer.fit(model, *_loaders(val=47))
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(tmp_path, two_processes):
     tables = []
-    for devices in (1, 2):
+    for devices, options in ((1, {}), (2, two_processes)):
         folder = tmp_path / str(devices)
-        _run(devices, str(folder))
+        _run(str(folder), **options)
         with (folder / "units.csv").open() as file:
             tables.append({(r["site"], r["unit"]): r for r in csv.DictReader(file)})
     assert tables[0].keys() == tables[1].keys()

@@ -2,8 +2,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from demem.measures import (
     ActivationEntropy,
@@ -116,9 +114,7 @@ def test_errors():
         HistogramEntropy(torch.ones(2), torch.zeros(2))
 
 
-def _one_of_two(rank: int, port: int, x: torch.Tensor, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _one_of_two(rank: int, x: torch.Tensor) -> list[torch.Tensor]:
     mine = torch.arange(len(x))[rank::2] if rank == 0 else torch.arange(len(x))[rank::2][:30]
     values = []
     for make, _ in PAIRS:
@@ -131,18 +127,14 @@ def _one_of_two(rank: int, port: int, x: torch.Tensor, out: str) -> None:
     metric = HistogramEntropy(*tracker.compute(), bins=10)
     metric.update(x[mine])
     values.append(metric.compute())
-    if rank == 0:
-        torch.save(values, out)
-    dist.destroy_process_group()
+    return values
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(in_two_processes):
     x = torch.randn(100, 4)
     seen = torch.cat([torch.arange(100)[0::2], torch.arange(100)[1::2][:30]]).sort().values
-    port = 20_000 + torch.randint(20_000, (1,), generator=torch.Generator().manual_seed(hash(str(tmp_path)))).item()
-    mp.spawn(_one_of_two, (port, x, str(tmp_path / "out.pt")), nprocs=2)
-    values = torch.load(tmp_path / "out.pt")
+    values, others = in_two_processes(_one_of_two, x)
+    assert all(torch.equal(value, other) for value, other in zip(values, others, strict=True))
     for (make, _), value in zip(PAIRS, values[:3], strict=True):
         metric = make(capacity=50, seed=1)
         metric.update(x[seen], positions=seen)

@@ -333,45 +333,28 @@ def test_patterns():
         check_finite(torch.tensor([1.0, float("nan")]), "here")
 
 
-def _ddp_gates(rank: int, port: int) -> None:
-    import torch.distributed as dist
+def _one_of_two(rank):
+    torch.manual_seed(0)
+    model = Residual()
+    gates = Gates(find_sites(model, "conv1"))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    if rank == 0:
+        gates["conv1"] = torch.tensor([0.0, 1, 0, 1, 1, 1, 1, 0])
+    for buffer in gates.buffers():
+        torch.distributed.broadcast(buffer, 0)
+    torch.manual_seed(rank)
+    wrapped(_images()).sum().backward()
+    with ActivationReader(find_sites(wrapped, "module.conv1")) as reader:
+        wrapped(_images())
+        return model.conv1.weight.grad, reader.pop()["module.conv1"].shape
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        torch.manual_seed(0)
-        model = Residual()
-        gates = Gates(find_sites(model, "conv1"))
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        if rank == 0:
-            gates["conv1"] = torch.tensor([0.0, 1, 0, 1, 1, 1, 1, 0])
-        for buffer in gates.buffers():
-            dist.broadcast(buffer, 0)
-        torch.manual_seed(rank)
-        wrapped(_images()).sum().backward()
-        gradient = model.conv1.weight.grad
+
+def test_two_processes_share_gates(in_two_processes):
+    for gradient, seen in in_two_processes(_one_of_two):
         # A gated unit gets no gradient, on either rank.
-        if not bool((gradient[[0, 2, 7]] == 0).all()) or bool((gradient[[1, 3]] == 0).all()):
-            raise RuntimeError("The gates differ between the ranks.")
-        with ActivationReader(find_sites(wrapped, "module.conv1")) as reader:
-            wrapped(_images())
-            if reader.pop()["module.conv1"].shape != (4, 8):
-                raise RuntimeError("The reader did not see the wrapped model.")
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_share_gates():
-    torch.multiprocessing.spawn(_ddp_gates, (_free_port(),), nprocs=2)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        assert bool((gradient[[0, 2, 7]] == 0).all())
+        assert not bool((gradient[[1, 3]] == 0).all())
+        assert seen == (4, 8)
 
 
 def test_deciding_heads():
