@@ -30,7 +30,7 @@ from demem.linear import balanced_subset, balanced_weights, few_of_each_group, f
 from demem.removal import MASKED_SHARES, Examples, choose_round, largest_groups, remove_in_rounds
 from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
-from demem.tracing.shortcut import MIN_SURE, PROGRESS, ShortcutProbe, class_error, find_shortcut
+from demem.tracing.shortcut import MIN_SURE, PROGRESS, ShortcutProbe, class_clusters, class_error, find_shortcut
 
 MAX_ERRORS = (0.25, 0.15)  # a minority is small; once trained, a network soon knows the class itself
 LEARNED_ON, AT_CHANCE = 2_000, 0.8  # training examples that tell, and their share of chance's error from which on
@@ -457,17 +457,22 @@ class MemorizationRemover(Callback):
             site.module.weight.mul_(gates[site.name].to(site.module.weight))  # type: ignore[operator, arg-type]
         self._set_gate()
         train, held_out, positions = self._examples(trainer, pl_module)
+        classes, typical = self._num_classes(), self._typical
+        if not self._knows_groups:
+            clusters = class_clusters(held_out.features, held_out.y, classes, self.seed)
+            held_out = held_out._replace(group=trainer.strategy.broadcast(clusters))
+            typical = 2 * torch.arange(classes)
         rounds = remove_in_rounds(
             train,
             held_out,
             read_head(site.module),
-            num_classes=self._num_classes(),
+            num_classes=classes,
             shares=self.shares,
-            typical=self._typical if self.atypical == "group" else None,
+            typical=typical if self.atypical == "group" else None,
             atypical_share=self.atypical_share,
             l2=self.l2,
         )
-        chosen = choose_round(rounds, held_out, self._typical, self.tolerance, self._knows_groups)
+        chosen = choose_round(rounds, held_out, typical, self.tolerance, self._knows_groups)
         chosen = trainer.strategy.broadcast(chosen)
         self.rounds = [
             {"refit": i > 0, "share": r.share, "worst": r.worst, "chosen": i == chosen} for i, r in enumerate(rounds)
