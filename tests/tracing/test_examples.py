@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from demem.batch import Batch
-from demem.sites import find_sites
+from demem.sites import Site, find_sites
 from demem.tracing import (
     SCORES,
     ablation_impact,
@@ -50,6 +50,8 @@ def test_error_and_group():
     logits = torch.tensor([[2.0, 1], [0, 1], [0, 3], [1, 0]])
     y = torch.tensor([0, 0, 1, 1])
     assert atypical_by_error(logits, y).tolist() == [False, True, False, True]
+    tied = torch.tensor([[0.0, 0], [0, 1], [0, 0]])  # class 0 is predicted
+    assert atypical_by_error(tied, torch.tensor([0, 0, 1])).tolist() == [False, True, True]
     with pytest.raises(ValueError, match="No example of class 1 is misclassified"):
         atypical_by_error(logits, torch.tensor([0, 0, 1, 0]))
     y, group = torch.tensor([0] * 6 + [1] * 4), torch.tensor([0] * 5 + [1] + [2] + [3] * 3)
@@ -188,6 +190,18 @@ def test_critical_units_equal_a_loop_over_examples():
     assert int(found.removed[0]) == 0
     with pytest.raises(ValueError, match="cap"):
         critical_units(model, find_sites(model, "0"), Batch(x, y), cap=0)
+
+
+def test_critical_units_where_the_cap_exceeds_the_units():
+    model = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 2))
+    nn.init.constant_(model[2].bias[0], 5.0)  # class 0 whatever the units say
+    batch = Batch(torch.randn(4, 6), torch.zeros(4, dtype=torch.long))
+    found = critical_units(model, find_sites(model, "1"), batch, cap=5)
+    assert found.removed.tolist() == [6] * 4
+    assert found.units.sort(1, descending=True).values.tolist() == [[1, 0, -1, -1, -1]] * 4
+    unused = Site("unused", nn.Linear(2, 2), num_units=2)
+    with pytest.raises(RuntimeError, match="did not run in the forward pass: unused"):
+        critical_units(model, [unused], batch)
 
 
 def _shortcut_features(count, every):

@@ -1,11 +1,14 @@
 """Every fast score against a slow, obvious one."""
 
+import weakref
+
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from demem.batch import Batch
 from demem.sites import find_sites
@@ -13,6 +16,7 @@ from demem.tracing import (
     SCORES,
     ablation_impact,
     activation_difference_score,
+    critical_units,
     gradient_score,
     head_impact,
     impact_score,
@@ -33,6 +37,8 @@ from demem.tracing import (
     unit_of_weight,
     units_to_masks,
 )
+from demem.tracing.capture import Ranks
+from demem.tracing.restart import Restart
 from demem.tracing.winograd import Conv3x3
 
 
@@ -84,6 +90,72 @@ class Untraceable(nn.Module):
         return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
 
 
+class Body(nn.Module):
+    """A few layers, put together by a function."""
+
+    def __init__(self, body) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu, self.batch = nn.ReLU(inplace=True), nn.BatchNorm2d(8, track_running_stats=False)
+        self.att = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 3)
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def _rewritten_skip(net, x):
+    x = net.conv1(x)
+    return net.fc((net.conv2(net.relu(x)) + x).mean((2, 3)))
+
+
+def _statement(net, x):
+    x = net.conv1(x)
+    z = net.conv2(x)
+    z.add_(x)
+    return net.fc(z.relu().mean((2, 3)))
+
+
+def _function_in_place(net, x):
+    return net.fc(net.conv2(torch.sigmoid_(net.conv1(x))).mean((2, 3)))
+
+
+def _frames(net, x):
+    frames = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)
+    return net.fc(net.conv1(frames).relu().mean((2, 3))).view(-1, 2, 3).mean(1)
+
+
+def _flips(net, x):
+    one, other = net.fc(net.conv1(torch.cat([x, x.flip(-1)])).relu().mean((2, 3))).chunk(2)
+    return one + 2 * other
+
+
+def _keepdim_by_position(net, x):
+    x = net.conv1(x).relu()
+    return net.fc((x * net.conv2(x.mean((2, 3), True)).sigmoid()).mean((2, 3)))
+
+
+def _attention(net, x):
+    x = net.conv1(x).flatten(2).transpose(1, 2)
+    return net.fc((x + net.att(x, x, x)[0]).mean(1))
+
+
+def _batch_statistics(net, x):
+    return net.fc(net.batch(net.conv1(x)).relu().mean((2, 3)))
+
+
+def _unused(net, x):
+    x = net.conv1(x)
+    net.conv2(x)
+    return net.fc(x.relu().mean((2, 3)))
+
+
+def _other_branch_for_proxies(net, x):
+    x = net.conv1(x)
+    return net.fc((x.relu() if isinstance(x, torch.Tensor) else x).mean((2, 3)))
+
+
 def _resnet():
     return torchvision.models.resnet18(num_classes=3)
 
@@ -113,6 +185,16 @@ CASES = {
     "tokens": (_vit, ["blocks.0.mlp.fc1", "blocks.1.attn:heads", "blocks.0", "head:input"], 32),
     "resnet": (_resnet, ["conv1", "layer1.0.conv2", "layer3.0.downsample.0", "layer4.0.conv1", "layer4.1.conv2"], 64),
     "mobilenet": (_mobilenet, ["conv_stem", "blocks.1.0.conv_dw", "blocks.4.0.conv_pwl", "conv_head"], 32),
+    "rewritten skip": (lambda: Body(_rewritten_skip), ["conv1", "conv2"], 8),
+    "statement": (lambda: Body(_statement), ["conv1", "conv2"], 8),
+    "function in place": (lambda: Body(_function_in_place), ["conv1", "conv2"], 8),
+    "frames": (lambda: Body(_frames), ["conv1"], 8),
+    "flips": (lambda: Body(_flips), ["conv1"], 8),
+    "keepdim by position": (lambda: Body(_keepdim_by_position), ["conv1", "conv2"], 8),
+    "attention": (lambda: Body(_attention), ["conv1", "att"], 8),
+    "batch statistics": (lambda: Body(_batch_statistics), ["conv1"], 8),
+    "unused": (lambda: Body(_unused), ["conv1", "conv2"], 8),
+    "other branch": (lambda: Body(_other_branch_for_proxies), ["conv1"], 8),
 }
 
 
@@ -150,6 +232,41 @@ def test_fast_ablation_equals_the_plain_loop(name, ablate):
     assert flags == [m.training for m in model.modules()]
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["residual", "shared", "tuple", "squeeze", "grouped", "mobilenet"])
+def test_ordinary_models_are_restarted(name):
+    model, _, data = _case(name)
+    model.eval()
+    first = next(s for s in find_sites(model, "**") if isinstance(s.module, nn.Conv2d))
+    with torch.no_grad():
+        Restart(model, [first], data[0].x)
+
+
+def test_activations_are_dropped_when_a_block_is_done():
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(4)]
+    model = nn.Sequential(nn.Linear(6, 6), *blocks, nn.Linear(6, 2))
+    seen, alive = [], []
+
+    def count(module, args, output):
+        alive.append(sum(ref() is not None for ref in seen))
+        if len(output) == 7:
+            seen.append(weakref.ref(output))
+
+    model[0].register_forward_hook(count)
+    data = [Batch(torch.randn(7, 6), torch.randint(0, 2, (7,))) for _ in range(2)]
+    units = {str(i): torch.tensor([0]) for i in range(1, 5)}
+    ablation_impact(model, find_sites(model, list(units)), data, units=units)
+    assert len(seen) == 10  # once more for the widths
+    assert max(alive) == 0
+
+
+def test_no_units_of_a_site():
+    model, sites, data = _case("residual")
+    none = {s.name: torch.tensor([], dtype=torch.long) for s in sites[:2]}
+    for fast in (True, False):
+        impact = ablation_impact(model, sites, data, units=none, fast=fast)
+        assert {n: v.shape for n, v in impact.items()} == {n: (12, 0) for n in none}
 
 
 @pytest.mark.parametrize("effect", ["loss", "margin", "accuracy"])
@@ -259,6 +376,21 @@ def test_taylor_keeps_gradients_flags_and_weights():
         assert p.grad is None or torch.equal(p.grad, grads[n])
 
 
+def test_taylor_under_no_grad_is_refused():
+    class Frozen(nn.Sequential):
+        def forward(self, x):
+            with torch.no_grad():
+                x = self[1](self[0](x))
+            return self[2](x)
+
+    model = Frozen(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    data = [Batch(torch.randn(4, 6), torch.randint(0, 3, (4,)))]
+    for name in ("0", "1:input"):
+        with pytest.raises(ValueError, match=rf"'{name}' runs under torch\.no_grad\(\)"):
+            taylor_impact(model, find_sites(model, name), data)
+    assert taylor_impact(model, find_sites(model, "2:input"), data)["2:input"].shape == (4, 5)
+
+
 def test_bfloat16_and_channels_last_and_compiled():
     model, sites, data = _case("residual")
     model.eval()
@@ -342,6 +474,29 @@ def test_gradient_score_on_the_worst_examples():
         gradient_score(model, sites, data, atypical=torch.zeros(12, dtype=torch.bool))
 
 
+def test_gradient_score_takes_no_more_than_asked_for():
+    model = nn.Sequential(nn.Linear(4, 3))
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[0].bias)  # every example is fitted alike
+    x, y = torch.randn(12, 4), torch.randint(0, 3, (12,))
+    site = find_sites(model, "0")
+    expected = gradient_score(model, site, [Batch(x[:4], y[:4])], worst=None)["0"]
+    torch.testing.assert_close(gradient_score(model, site, [Batch(x, y)], worst=4)["0"], expected)
+    # Another process has twelve such examples, which come first.
+    ranks = Ranks(gather=lambda rows: torch.cat([rows if rows.is_floating_point() else 0 * rows, rows]))
+    torch.testing.assert_close(gradient_score(model, site, [Batch(x, y)], worst=16, ranks=ranks)["0"], expected)
+
+
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_computed_weight_is_refused(norm):
+    model = nn.Sequential(norm(nn.Linear(4, 3)))
+    site, data = find_sites(model, "0"), [Batch(torch.randn(5, 4), torch.randint(0, 3, (5,)))]
+    for use in (lambda: unit_of_weight(site[0]), lambda: gradient_score(model, site, data)):
+        with pytest.raises(ValueError, match=r"torch\.nn\.utils\.parametrize\.remove_parametrizations"):
+            use()
+
+
 def test_activation_difference():
     features = torch.tensor([[0.0, 5], [1, 5], [9, 5], [4, 0], [2, 1], [3, 7]])
     y = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -355,6 +510,8 @@ def test_activation_difference():
     torch.testing.assert_close(got["conv1"], median_difference(rows["conv1"], labels, wrong))
     with pytest.raises(ValueError, match="both wrong and right"):
         median_difference(features, y, torch.ones(6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="'relu' has 24 rows for 12 examples"):
+        activation_difference_score(model, find_sites(model, "relu"), [Batch(b.x[:6], b.y[:6]) for b in data])
 
 
 def test_linear_score_is_exact_ablation_of_the_margin():
@@ -437,3 +594,26 @@ def test_unknown_names_and_empty_input():
     bad = [Batch(torch.full_like(data[0].x, float("nan")), data[0].y)]
     with pytest.raises(ValueError, match="NaN"):
         taylor_impact(model, sites, bad)
+
+
+class _Encoder(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first)
+        self.enc = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.fc, self.batch_first = nn.Linear(8, 2), batch_first
+
+    def forward(self, x):
+        return self.fc(self.enc(x).mean(1) if self.batch_first else self.enc(x.transpose(0, 1)).mean(0))
+
+
+def test_examples_are_told_apart_where_the_sequence_is_first():
+    one, other = _Encoder(True).eval(), _Encoder(False).eval()
+    other.load_state_dict(one.state_dict())
+    batch = Batch(torch.randn(5, 5, 8), torch.tensor([0, 1, 0, 1, 1]))  # as many examples as positions
+    for impact in (taylor_impact, ablation_impact):
+        seen = [impact(m, find_sites(m, "enc.layers.0.linear1"), [batch]) for m in (one, other)]
+        for name, values in seen[0].items():
+            assert torch.allclose(values, seen[1][name], atol=1e-6)
+    found = [critical_units(m, find_sites(m, "enc.layers.0.linear1"), batch, cap=4) for m in (one, other)]
+    assert torch.equal(found[0].units, found[1].units)

@@ -81,6 +81,8 @@ def ablation_impact(
                     centre = means[site.name].view(width, -1) if ablate == "mean" else None
                     after = _ablate_site(model, restart, site, batch, chosen, centre, max_rows)
                     results[site.name].append(_effect(effect, before, after, batch.y))
+                if restart:
+                    restart.forget()
     return {name: torch.cat(parts) for name, parts in results.items()}
 
 
@@ -96,7 +98,7 @@ def _ablate_site(
     """Logits ``(U, B, C)``."""
     parts = []
     at_once = max(1, restart.rows_at_once(site, max_rows) // len(batch.y)) if restart else 1
-    for chunk in torch.split(units.to(batch.y.device), at_once):
+    for chunk in torch.split(units.to(batch.y.device), at_once) if len(units) else ():
         mean = None if centre is None else centre[chunk]
         if restart is not None:
             parts.append(restart.ablated(site, chunk, mean))

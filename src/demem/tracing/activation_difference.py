@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from demem.batch import Batch
 from demem.sites import Site, check_finite
-from demem.tracing.atypical import margins
+from demem.tracing.atypical import misclassified
 from demem.tracing.capture import ALONE, Ranks, read_features
 
 
@@ -65,10 +65,16 @@ def activation_difference_score(
         ``{site: (N,)}`` in units of the activation.
 
     Raises:
-        ValueError: as :func:`median_difference`; activations that are not finite.
+        ValueError: as :func:`median_difference`; activations that are not finite or not one row an example.
     """
     features, logits, y = read_features(model, sites, batches)
-    wrong = margins(logits, y) < 0 if atypical is None else atypical.to(y.device)
+    for name, rows in features.items():
+        if len(rows) != len(y):
+            raise ValueError(
+                f"Site {name!r} has {len(rows)} rows for {len(y)} examples, so its activations cannot be told apart by "
+                "example. Name layers that run once in a forward pass."
+            )
+    wrong = misclassified(logits, y) if atypical is None else atypical.to(y.device)
     y, wrong = ranks.gather(y), ranks.gather(wrong)
     return {
         name: median_difference(check_finite(ranks.gather(rows), f"site {name!r}"), y, wrong)

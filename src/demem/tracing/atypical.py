@@ -17,7 +17,7 @@ Atypical = Literal["margin", "loss", "error", "group"]
 
 
 def margins(logits: Tensor, y: Tensor) -> Tensor:
-    """Correct-class logit minus the largest other logit; negative where the example is misclassified.
+    """Correct-class logit minus the largest other logit; negative where the example is misclassified, 0 for a tie.
 
     Args:
         logits: ``(S, C)`` with ``C ≥ 2``.
@@ -32,6 +32,12 @@ def margins(logits: Tensor, y: Tensor) -> Tensor:
     _check_logits(logits, y)
     right = logits.gather(1, y[:, None])[:, 0]
     return right - strongest_wrong(logits, y)[0]
+
+
+def misclassified(logits: Tensor, y: Tensor) -> Tensor:
+    """Where another class is predicted, bool ``(S,)``, by ``argmax`` as everywhere; errors as :func:`margins`."""
+    _check_logits(logits, y)
+    return logits.argmax(1) != y
 
 
 def strongest_wrong(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +104,7 @@ def atypical_by_error(logits: Tensor, y: Tensor, num_classes: int | None = None)
         ValueError: as :func:`margins`; also where a class has no misclassified example, because then there is nothing
             to trace for it (use a share of the lowest margins instead).
     """
-    wrong = margins(logits, y) < 0
+    wrong = misclassified(logits, y)
     for c in _classes(y, num_classes):
         if not bool(wrong[y == c].any()):
             raise ValueError(

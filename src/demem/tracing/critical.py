@@ -49,6 +49,7 @@ def critical_units(model: nn.Module, sites: Sequence[Site], batch: Batch, cap: i
 
     Raises:
         ValueError: ``cap`` is not positive.
+        RuntimeError: a site's layer did not run.
     """
     if cap < 1:
         raise ValueError(f"cap must be positive, got {cap}.")
@@ -66,17 +67,21 @@ def critical_units(model: nn.Module, sites: Sequence[Site], batch: Batch, cap: i
                 # The last step needs no gradient: it only asks whether the cap was enough.
                 with torch.set_grad_enabled(step < cap):
                     logits = apply_model(model, part.x).float()
+                    missing = [s.name for s in sites if s.name not in gates.offsets]
+                    if missing:
+                        raise RuntimeError(f"These layers did not run in the forward pass: {', '.join(missing)}.")
                     still = logits.argmax(1) == part.y
-                    if step < cap and bool(still.any()):
+                    last = step == min(cap, gates.total)
+                    if not last and bool(still.any()):
                         F.cross_entropy(logits, part.y, reduction="sum").backward()  # type: ignore[no-untyped-call]
                         rise = gates.rise()
                         best = rise.argmax(1)
                         ahead = active[still]
                         history[ahead, step] = best[still]
                         gates.remove(ahead, best[still])
-                count[active[still]] = step + 1
                 active = active[still]
-                if not len(active):
+                count[active] = cap + 1 if last else step + 1
+                if last or not len(active):
                     break
         offsets = gates.offsets
     return CriticalUnits(count, history, offsets)
@@ -88,6 +93,7 @@ class _ExampleGates:
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = list(sites)
         self.offsets: dict[str, int] = {}
+        self.total = 0  # units, known after the first forward pass
         self._removed: dict[str, list[tuple[Tensor, Tensor]]] = {s.name: [] for s in sites}
         self._gates: dict[str, Tensor] = {}
         self._active = torch.empty(0)
@@ -118,8 +124,8 @@ class _ExampleGates:
         if gate is None:
             gate = torch.ones(len(self._active), units, device=tensor.device)
             if site.name not in self.offsets:
-                self.offsets[site.name] = self._next
-                self._next += units
+                self.offsets[site.name] = self.total
+                self.total += units
             for example, unit in self._removed[site.name]:
                 hit = (self._active[:, None] == example[None]).nonzero()
                 gate[hit[:, 0], unit[hit[:, 1]]] = 0
@@ -128,9 +134,8 @@ class _ExampleGates:
         wide = gate.repeat_interleave(site.channels_per_unit, 1) if site.channels_per_unit > 1 else gate
         shape = [1] * tensor.ndim
         shape[0], shape[axis] = len(self._active), tensor.shape[axis]
-        return replace_first_tensor(value, tensor * wide.to(tensor.dtype).view(shape))
-
-    _next = 0
+        factor = site.examples_first(wide.to(tensor.dtype).view(shape))  # and back: it swaps the first two axes
+        return replace_first_tensor(value, tensor * factor)
 
     def rise(self) -> Tensor:
         """``(A, all units)``: first-order rise of the loss if the unit goes too; −∞ for units that are gone."""

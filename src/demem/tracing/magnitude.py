@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from demem.batch import Batch, apply_model
 from demem.sites import Site
 from demem.tracing.capture import ALONE, Ranks, evaluating, predict, select_rows
-from demem.tracing.weights import unit_norms
+from demem.tracing.weights import own_weight, unit_norms
 
 
 def magnitude_score(
@@ -25,7 +26,7 @@ def magnitude_score(
     Raises:
         ValueError: a site has no weights of its own.
     """
-    return {site.name: unit_norms(site, _weight(site)) for site in sites}
+    return {site.name: unit_norms(site, own_weight(site)) for site in sites}
 
 
 def gradient_score(
@@ -60,13 +61,14 @@ def gradient_score(
     if worst is not None:
         probability = logits.softmax(1).gather(1, y[:, None])[:, 0].masked_fill(~chosen, torch.inf)
         everywhere = ranks.gather(probability)
-        finite = everywhere[everywhere.isfinite()]
-        if len(finite) > worst:
-            chosen = chosen & (probability <= torch.sort(finite).values[worst - 1])
+        among_them = torch.zeros_like(everywhere, dtype=torch.bool)
+        among_them[torch.argsort(everywhere, stable=True)[:worst]] = True  # no more than that, also of equal ones
+        mark = uuid.uuid4().int >> 65  # tells this process's rows from the others'
+        chosen = chosen & among_them[ranks.gather(torch.full_like(y, mark)) == mark].to(y.device)
     number = ranks.total(chosen.sum())
     if not int(number):
         raise ValueError("No atypical example was given.")
-    parameters = [_weight(site) for site in sites]
+    parameters = [own_weight(site) for site in sites]
     unique = list({id(p): p for p in parameters}.values())
     total = {id(p): torch.zeros_like(p, dtype=torch.float) for p in unique}
     with evaluating(model), torch.enable_grad():
@@ -85,12 +87,3 @@ def gradient_score(
                     total[id(p)] += gradient.float()
     total = {key: ranks.total(value) / number for key, value in total.items()}
     return {site.name: unit_norms(site, total[id(p)]) for site, p in zip(sites, parameters, strict=True)}
-
-
-def _weight(site: Site) -> Tensor:
-    weight = getattr(site.module, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise ValueError(
-            f"Site {site.name!r} ({type(site.module).__name__}) has no weight. Name convolution, linear or norm layers."
-        )
-    return weight

@@ -87,7 +87,8 @@ class Restart:
         sites: where it will be restarted; every site's layer is called once and is not inside another site's layer.
 
     Raises:
-        CannotRestart: the model cannot be traced, or a site's layer is not called exactly once.
+        CannotRestart: the model cannot be traced, a site's layer is not called exactly once or does not give one row
+            an example, or the trace does not do what the model does.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], example: Tensor) -> None:
@@ -107,6 +108,12 @@ class Restart:
             self._node_of[site.name, site.side] = calls[0]
         self._after = {node: self._downstream(node) for node in set(self._node_of.values())}
         self._scales = self._learn_shapes(example)
+        for site in sites:
+            node = self._site_node(site)
+            if not isinstance(node, fx.Node) or self._scales[node] != 1:
+                raise CannotRestart(f"Site {site.name!r} does not hold one tensor with one row an example.")
+            if self.nodes[-1] not in self._after[self._node_of[site.name, site.side]]:
+                raise CannotRestart(f"Site {site.name!r} does not reach the output.")
         self._kept: dict[fx.Node, Any] = {}
         self._size = 0
         self._convs: dict[nn.Module, Conv3x3] = {}
@@ -117,15 +124,18 @@ class Restart:
         self._kept = self._run_all(x)
         return as_logits(self._kept[self.nodes[-1]])
 
+    def forget(self) -> None:
+        """Free what the last :meth:`forward` kept."""
+        self._kept = {}
+
     def site_value(self, site: Site) -> Tensor:
         """What the site's units were in the last :meth:`forward`."""
-        node = self._node_of[site.name, site.side]
-        if site.side == "input":
-            node = node.args[0]  # type: ignore[assignment]
-        value = self._kept[node]
-        if not isinstance(value, Tensor):
-            raise CannotRestart(f"Site {site.name!r} does not hold one tensor.")
+        value: Tensor = self._kept[self._site_node(site)]
         return value
+
+    def _site_node(self, site: Site) -> fx.Node:
+        node = self._node_of[site.name, site.side]
+        return node if site.side == "output" else node.args[0]  # type: ignore[return-value]
 
     def rows_at_once(self, site: Site, limit: int) -> int:
         """How many rows to compute together, at most ``limit``: on a CPU so many that the widest value after the site
@@ -169,10 +179,16 @@ class Restart:
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def _run_all(self, x: Tensor) -> dict[fx.Node, Any]:
+    def _run_all(self, x: Tensor, keep: bool = True) -> dict[fx.Node, Any]:
+        """Every value, as it was before anything was rewritten in place; without ``keep`` as the model itself runs, to
+        see that it never reads a rewritten value."""
         values: dict[fx.Node, Any] = {}
+        versions: dict[fx.Node, int] = {}
         given = False
         for node in self.nodes:
+            for n in node.all_input_nodes:
+                if _version(values[n]) != versions[n] and node.op != "output":
+                    raise CannotRestart(f"{n.name!r} is rewritten in place and read again by {node.name!r}.")
             if node.op == "placeholder":
                 if not given:
                     values[node], given = x, True
@@ -183,23 +199,26 @@ class Restart:
             elif node.op == "output":
                 values[node] = _plain(node.args[0], values.__getitem__)
             else:
-                values[node] = self._call(node, lambda n: values[n])
+                values[node] = self._call(node, values.__getitem__, keep)
+            versions[node] = _version(values[node])
+        if keep and any(_version(values[n]) != versions[n] for n in values):
+            raise CannotRestart("A layer rewrites what it reads.")
         return values
 
-    def _call(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    def _call(self, node: fx.Node, value_of: Callable[[fx.Node], Any], keep: bool = True) -> Any:
         args, kwargs = _plain(node.args, value_of), _plain(node.kwargs, value_of)
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            if getattr(module, "inplace", False):  # what was kept must not be rewritten
+            if keep and getattr(module, "inplace", False):  # what was kept must not be rewritten
                 args = (args[0].clone(), *args[1:])
             return module(*args, **kwargs)
         if node.op == "call_function":
-            if kwargs.get("inplace") is True:
+            if keep and kwargs.get("inplace") is True:
                 kwargs = {**kwargs, "inplace": False}
-            target = operator.add if node.target is operator.iadd else node.target
+            target = operator.add if keep and node.target is operator.iadd else node.target
             return target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":
-            if str(node.target).endswith("_") and not str(node.target).endswith("__"):
+            if keep and str(node.target).endswith("_") and not str(node.target).endswith("__"):
                 args = (args[0].clone(), *args[1:])
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "get_attr":
@@ -316,7 +335,7 @@ class Restart:
         if not local or not all(isinstance(v, Narrow) for v in local.values()):
             return None
         first = node.args[0] if node.args else None
-        if not isinstance(first, fx.Node):
+        if not isinstance(first, fx.Node) or not isinstance(self._kept[node], Tensor):
             return None
         if node.op == "call_function" and node.target in _ADDS and len(node.args) == 2 and not node.kwargs:
             return self._add(node, local, rows)
@@ -354,10 +373,9 @@ class Restart:
                 return narrow._replace(value=getattr(narrow.value.clone(), str(node.target))())
             if node.target == "flatten" and node.args[1:] in ((1,), (1, -1)) and not node.kwargs:
                 return _flatten(narrow, base)
-            if node.target == "mean" and base.ndim == 4 and narrow.axis == -3 and not node.kwargs:
-                dims = node.args[1:] if len(node.args) != 2 else node.args[1]
-                if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
-                    return Narrow(narrow.value.mean((2, 3)), narrow.channels, -1)
+            over_map = node.args[1:] in (((2, 3),), ([2, 3],), ((-2, -1),), ([-2, -1],)) and not node.kwargs
+            if node.target == "mean" and base.ndim == 4 and narrow.axis == -3 and over_map:
+                return Narrow(narrow.value.mean((2, 3)), narrow.channels, -1)
         return None
 
     def _add(self, node: fx.Node, local: dict[fx.Node, Any], rows: Rows) -> Any:
@@ -406,24 +424,46 @@ class Restart:
         return order
 
     def _learn_shapes(self, example: Tensor) -> dict[fx.Node, Any]:
-        """How often the batch size is in each value's first axis (0: not at all), from runs of two sizes."""
-        sizes = 2, 3
+        """How often the batch size is in each value's first axis (0: not at all), from runs of two sizes.
+
+        Also checks that the trace does what the model does, and that the rows of a value do not depend on each other.
+        """
         try:
-            runs = [self._run_all(example[:1].expand(n, *example.shape[1:]).contiguous()) for n in sizes]
+            x = example[torch.arange(3, device=example.device) % len(example)]
+            small, large = self._run_all(x[:2]), self._run_all(x)
+            self._run_all(x.clone(), keep=False)
+            if not _close(as_logits(self.model(x)), as_logits(large[self.nodes[-1]]), 0.01):
+                raise CannotRestart("The trace gives other logits than the model.")
+            return {node: _scale(small[node], large[node], node) for node in small if node.op != "output"}
         except CannotRestart:
             raise
         except Exception as error:
             raise CannotRestart(f"The traced model does not run: {error}") from error
-        return {node: _scale(runs[0][node], runs[1][node], node) for node in runs[0] if node.op != "output"}
+
+
+def _close(a: Tensor, b: Tensor, near: float) -> bool:
+    """Equal but for rounding, which may be that of bfloat16."""
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    scale = float(a.nan_to_num(0, 0, 0).abs().mean())
+    return a.shape == b.shape and torch.allclose(a, b, near, near * scale, equal_nan=True)
+
+
+def _version(value: Any) -> int:
+    """Counts the in-place changes of a tensor and of all its views."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _scale(small: Any, large: Any, node: fx.Node) -> Any:
     if isinstance(small, Tensor) and isinstance(large, Tensor):
         if small.shape == large.shape:
-            return 0
-        factor, rest = divmod(small.shape[0], 2)
-        if rest or large.shape[0] != 3 * factor or small.shape[1:] != large.shape[1:]:
-            raise CannotRestart(f"The batch is not in the first axis of {node.name!r}.")
+            factor = 0
+        else:
+            factor, rest = divmod(small.shape[0], 2)
+            if rest or large.shape[0] != 3 * factor or small.shape[1:] != large.shape[1:]:
+                raise CannotRestart(f"The batch is not in the first axis of {node.name!r}.")
+        if not _close(small, large[: len(small)] if factor else large, 0.1):
+            raise CannotRestart(f"The rows of {node.name!r} are mixed, or depend on each other.")
         return factor
     if isinstance(small, torch.Size | tuple | list):
         return tuple(_scale(s, g, node) for s, g in zip(small, large, strict=True))

@@ -43,7 +43,8 @@ def taylor_impact(
         ``{site: (S, N)}`` float32 in nats, positive = the unit helps the example.
 
     Raises:
-        ValueError: no examples, or activations or gradients that are not finite.
+        ValueError: no examples, a site's layer runs under ``torch.no_grad()``, or activations or gradients that are
+            not finite.
         RuntimeError: a site's layer did not run.
     """
     if ablate not in ("zero", "mean"):
@@ -106,13 +107,18 @@ class _Recorder:
             raise RuntimeError(f"These layers did not run in the forward pass: {', '.join(missing)}.")
 
     def _watch(self, site: Site, value: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                f"Site {site.name!r} runs under torch.no_grad() in the model's forward, so no gradient reaches it. "
+                "Freeze layers with requires_grad_(False) instead, name a later layer, or use the score 'ablation'."
+            )
         tensor = first_tensor(value)
         # A copy, because an in-place activation that follows would rewrite what was read.
-        kept = tensor.detach().clone()
+        kept = site.examples_first(tensor.detach().clone())
         axis = site.unit_axis(tensor)
-        if len(tensor) != self._size:
+        if len(kept) != self._size:
             raise ValueError(
-                f"Site {site.name!r} has {len(tensor)} rows for {self._size} examples, so its scores cannot be told "
+                f"Site {site.name!r} has {len(kept)} rows for {self._size} examples, so its scores cannot be told "
                 "apart by example."
             )
         first_time = site.name not in self._ran
@@ -133,6 +139,7 @@ class _Recorder:
             self.positions[site.name] = self.positions.get(site.name, 0) + positions
 
         def on_gradient(grad: Tensor) -> None:
+            grad = site.examples_first(grad)
             moved = (kept * grad).float()
             product.add_(moved.sum(over) if over else moved)
             if gradient is not None:
