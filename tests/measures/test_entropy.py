@@ -60,12 +60,14 @@ def test_counts_of_parts_add_up_and_outliers_go_to_the_end_bins():
     assert ends.tolist() == [[1, 0, 1, 1]]
 
 
-def test_several_threads_count_like_one():
+@pytest.mark.parametrize("inference", [False, True])
+def test_several_threads_count_like_one(inference):
     x = torch.randn(3000, 300)
     one = entropy(x)
     try:
         torch.set_num_threads(3)
-        assert torch.equal(entropy(x), one)
+        with torch.inference_mode(inference):
+            assert torch.equal(entropy(x), one)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)

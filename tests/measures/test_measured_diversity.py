@@ -152,6 +152,28 @@ def test_collect_keeps_the_same_examples_of_every_site_and_bounds_them():
         collect_activations(model, [])
 
 
+@pytest.mark.parametrize("most", [None, 10])
+def test_collect_copies_what_is_kept_seldom(most, monkeypatch):
+    copied = 0
+    cat = torch.cat
+
+    def count(parts, *args):
+        nonlocal copied
+        out = cat(parts, *args)
+        copied += len(out)
+        return out
+
+    monkeypatch.setattr("demem.measures.collect.torch.cat", count)
+    rows = collect_activations(nn.Sequential(nn.Linear(2, 3)), torch.randn(400, 2).split(2), "0", max_samples=most)
+    assert len(rows["0"]) == (most or 400)
+    assert copied < 3000  # of two kinds, and once more by the reader; all of them at every batch would be 80,000
+
+
+def test_collect_needs_no_logits():
+    coder = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 3, 2))
+    assert collect_activations(coder, [torch.randn(5, 3, 4, 4)], "0")["0"].shape == (5, 4)
+
+
 def test_plots_draw_what_they_are_given():
     x = activations()
     runs = {"one": measure_diversity(x, bins=20), "two": measure_diversity(activations(shared=0.8), bins=20)}

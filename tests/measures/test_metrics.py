@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from torchmetrics import MetricCollection
 
 from demem.measures import (
     ActivationEntropy,
@@ -97,6 +98,23 @@ def test_pickles_and_moves_to_double():
     assert torch.equal(pickle.loads(pickle.dumps(metric)).compute(), metric.compute())
 
 
+@pytest.mark.parametrize(
+    ("options", "shared"), [({}, True), ({"capacity": 40}, False), ({"capacity": 90}, False), ({"seed": 1}, False)]
+)
+def test_a_collection_shares_only_equal_samples(options, shared):
+    x = torch.randn(200, 3)
+    metrics = [KSGMutualInformation(capacity=60), ActivationEntropy(**{"capacity": 60, **options})]
+    collection, alone = MetricCollection(metrics), metrics[1].clone()
+    for _ in range(2):
+        for part in x.split(20):
+            collection.update(part)
+            alone.update(part)
+        assert torch.equal(collection.compute()["ActivationEntropy"], alone.compute())
+        assert len(collection.compute_groups) == (1 if shared else 2)
+        collection.reset()
+        alone.reset()
+
+
 def test_errors():
     metric = MutualInformation()
     with pytest.raises(RuntimeError, match=r"call update\(\) first"):
@@ -112,6 +130,9 @@ def test_errors():
         ActivationEntropy(capacity=1)
     with pytest.raises(ValueError, match="low ≤ high"):
         HistogramEntropy(torch.ones(2), torch.zeros(2))
+    for by_unit in (HistogramEntropy(torch.zeros(4), torch.ones(4)), ActivationRange(4)):
+        with pytest.raises(ValueError, match="must be of 4 units, got 1"):
+            by_unit.update(torch.rand(9, 1))
 
 
 def _one_of_two(rank: int, x: torch.Tensor) -> list[torch.Tensor]:

@@ -63,7 +63,9 @@ def test_shares_counts_in_a_collection():
 @pytest.mark.parametrize(
     ("preds", "target", "group", "message"),
     [
-        (torch.zeros(2, 3), torch.tensor([0, 3]), torch.tensor([0, 0]), "class 3"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), torch.tensor([0, 0]), "target must lie in 0 … 2, got 0 … 3"),
+        (torch.zeros(2, 3), torch.tensor([-1, 0]), torch.tensor([0, 0]), "target must lie in 0 … 2, got -1 … 0"),
+        (torch.zeros(2), torch.tensor([1, -100]), torch.tensor([0, 0]), "target must lie in 0 … inf, got -100 … 1"),
         (torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([0, 2]), "group must lie"),
         (torch.full((2, 3), torch.nan), torch.tensor([0, 1]), torch.tensor([0, 1]), "NaN"),
         (torch.zeros(3), torch.tensor([0, 1]), torch.tensor([0, 1]), "preds must be"),

@@ -22,10 +22,16 @@ def for_each(task: Callable[[T], None], items: Iterable[T]) -> None:
         for item in items:
             task(item)
         return
+    inference = torch.is_inference_mode_enabled()
+
+    def run(item: T) -> None:
+        with torch.inference_mode(inference):  # a mode of the thread: workers do not have the caller's
+            task(item)
+
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(task, items):
+            for _ in pool.map(run, items):
                 pass
     finally:
         torch.set_num_threads(threads)

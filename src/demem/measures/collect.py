@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from demem.batch import Batch, apply_model, unpack_batch
+from demem.batch import Batch, unpack_batch
 from demem.measures.reservoir import reservoir_compact, reservoir_keys
 from demem.sites import ActivationReader, Reduce, default_sites, find_sites
 
@@ -41,32 +42,36 @@ def collect_activations(
     sites = default_sites(model) if layers is None else find_sites(model, layers)
     modes = [(module, module.training) for module in model.modules()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    kept: dict[str, tuple[Tensor, Tensor]] = {}
-    seen = {site.name: 0 for site in sites}
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    seen: dict[str, int] = defaultdict(int)
     model.eval()
     try:
         with torch.no_grad(), ActivationReader(sites, reduce, optional=layers is None) as reader:
             for raw in batches:
-                apply_model(model, _inputs(raw, model, device))
+                x = _inputs(raw, model, device)
+                model(**x) if isinstance(x, Mapping) else model(x)
                 for name, rows in reader.pop().items():
-                    keys = reservoir_keys(torch.arange(seen[name], seen[name] + len(rows)), seed)
-                    seen[name] += len(rows)
-                    rows = rows.cpu()
-                    if name in kept:
-                        keys, rows = torch.cat([kept[name][0], keys]), torch.cat([kept[name][1], rows])
-                    kept[name] = (keys, rows) if max_samples is None else reservoir_compact(keys, rows, max_samples)
+                    first, seen[name] = seen[name], seen[name] + len(rows)
+                    kept[name].append((reservoir_keys(torch.arange(first, seen[name]), seed), rows.cpu()))
+                    if max_samples and first // max_samples < seen[name] // max_samples:  # seldom: it copies all
+                        kept[name] = [_sample(kept[name], max_samples)]
     finally:
         for module, mode in modes:
             module.training = mode
     if not kept:
         raise ValueError("There were no batches to read activations from.")
-    return {name: rows for name, (_, rows) in kept.items()}
+    return {name: _sample(kept.pop(name), max_samples)[1] for name in list(kept)}
+
+
+def _sample(parts: list[tuple[Tensor, Tensor]], most: int | None) -> tuple[Tensor, Tensor]:
+    keys, rows = (torch.cat(part) for part in zip(*parts, strict=True))
+    return (keys, rows) if most is None else reservoir_compact(keys, rows, most)
 
 
 def _inputs(raw: Any, model: nn.Module, device: torch.device) -> Any:
     x = raw if isinstance(raw, Tensor) else raw[0] if isinstance(raw, list | tuple) and len(raw) == 1 else None
     if x is None:
         x = raw.x if isinstance(raw, Batch) else unpack_batch(raw, model).x
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in x.items()}
     return x.to(device) if isinstance(x, Tensor) else x

@@ -26,6 +26,7 @@ class _Reservoir(Metric):
     keys: list[Tensor]
     rows: list[Tensor]
     seen: Tensor
+    limit: Tensor
 
     def __init__(self, capacity: int, seed: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -38,6 +39,8 @@ class _Reservoir(Metric):
         self.add_state("keys", default=[], dist_reduce_fx="cat")
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.add_state("seen", default=torch.tensor(0), dist_reduce_fx="sum")
+        # A MetricCollection merges metrics whose states agree after the first batch; the keys tell seeds apart.
+        self.add_state("limit", default=torch.tensor(capacity), dist_reduce_fx="max")
 
     def update(self, activations: Activations, positions: Tensor | None = None) -> None:
         """Take in a batch.
@@ -187,7 +190,7 @@ class ActivationRange(Metric):
 
     def update(self, activations: Tensor) -> None:
         """Take in a batch ``(B, N)``."""
-        (x,) = as_sites(activations).values()
+        x = _units(activations, len(self.low))
         self.low = torch.minimum(self.low, x.amin(0).double())
         self.high = torch.maximum(self.high, x.amax(0).double())
 
@@ -228,12 +231,19 @@ class HistogramEntropy(Metric):
 
     def update(self, activations: Tensor) -> None:
         """Take in a batch ``(B, N)``."""
-        (x,) = as_sites(activations).values()
+        x = _units(activations, len(self.counts))
         self.counts += histogram(x, self.low, self.high, self.bins)
 
     def compute(self) -> Tensor:
         """Entropy of every unit, ``(N,)``."""
         return entropy_from_counts(self.counts, self.correction)
+
+
+def _units(activations: Tensor, number: int) -> Tensor:
+    (x,) = as_sites(activations).values()
+    if x.shape[1] != number:  # a single unit would be broadcast to all
+        raise ValueError(f"The activations must be of {number} units, got {x.shape[1]}.")
+    return x
 
 
 def _is_distributed() -> bool:

@@ -29,19 +29,20 @@ def group_accuracy_update(preds: Tensor, target: Tensor, group: Tensor, num_grou
         raise ValueError(
             f"target and group must have the same shape (B,), got {tuple(target.shape)} and {tuple(group.shape)}."
         )
-    if preds.ndim == 2:
-        if not bool(torch.isfinite(preds).all()):
-            raise ValueError("preds hold NaN or infinity: the model diverged or its inputs are broken.")
-        if target.numel() and int(target.max()) >= preds.shape[1]:
-            raise ValueError(
-                f"target holds class {int(target.max())}, but preds have {preds.shape[1]} columns (classes 0 to "
-                f"{preds.shape[1] - 1})."
-            )
-        preds = preds.argmax(1)
-    if preds.shape != target.shape:
+    if preds.ndim == 2 and not bool(torch.isfinite(preds).all()):
+        raise ValueError("preds hold NaN or infinity: the model diverged or its inputs are broken.")
+    if preds.shape[:1] != target.shape or preds.ndim > 2:
         raise ValueError(f"preds must be (B, C) or (B,) with B = {len(target)}, got {tuple(preds.shape)}.")
-    if group.numel() and (int(group.min()) < 0 or int(group.max()) >= num_groups):
-        raise ValueError(f"group must lie in 0 … {num_groups - 1}, got {int(group.min())} … {int(group.max())}.")
+    if len(target):
+        ends = torch.stack(torch.stack([target, group]).aminmax(dim=1))
+        (least, lowest), (most, highest) = ends.tolist()  # a device is waited for once
+        last = preds.shape[1] - 1 if preds.ndim == 2 else float("inf")
+        if least < 0 or most > last:
+            raise ValueError(f"target must lie in 0 … {last}, got {least} … {most}.")
+        if lowest < 0 or highest >= num_groups:
+            raise ValueError(f"group must lie in 0 … {num_groups - 1}, got {lowest} … {highest}.")
+    if preds.ndim == 2:
+        preds = preds.argmax(1)
     group = group.long()
     total = torch.bincount(group, minlength=num_groups)
     correct = torch.bincount(group[preds == target], minlength=num_groups)
