@@ -60,8 +60,8 @@ class Classifier(pl.LightningModule):
         self.freeze_batchnorm = freeze_batchnorm
         self._class_weights: Tensor | None = None
 
-    def forward(self, x: Any) -> Any:
-        return self.model(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean loss of a training batch; override it to train otherwise."""
@@ -134,10 +134,10 @@ class Classifier(pl.LightningModule):
             if self.optimizer == "sgd"
             else torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
         )
-        if not self.cosine:
+        steps = self.trainer.estimated_stepping_batches
+        if not self.cosine or steps == float("inf"):  # max_epochs=-1: no end to fall to 0 at
             return optimizer
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

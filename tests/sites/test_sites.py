@@ -313,6 +313,71 @@ def test_timm_cnn_and_vit():
         assert set(reader.pop()) == {"blocks.0", "blocks.1", "head:input"}
 
 
+def test_channels_are_counted_where_they_are():
+    class LayerNorm2d(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+    class ChannelsLast(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.movedim(1, -1))
+
+    model = nn.Sequential(LayerNorm2d(6), ChannelsLast(nn.Linear(6, 8)))
+    with ActivationReader(find_sites(model, ["0", "1"]), None) as reader:
+        model(torch.randn(2, 6, 5, 5))
+        sites, seen = reader.sites, reader.pop()
+    assert [seen[site.name].shape[site.unit_axis(seen[site.name])] for site in sites] == [6, 8]
+
+    model = nn.Sequential(nn.Sequential(nn.Conv1d(3, 7, 3), nn.ReLU()), nn.Conv1d(7, 2, 3))
+    with ActivationReader(find_sites(model, "0")) as reader:
+        model(torch.randn(4, 3, 20))
+        assert reader.pop()["0"].shape == (4, 7)
+
+
+@pytest.mark.parametrize("pattern", ["enc.layers.*", "enc", "enc.layers.0.linear1", "enc.layers.1.norm1:input"])
+def test_sequence_first_is_read_as_batch_first(pattern):
+    class Encoder(nn.Module):
+        def __init__(self, batch_first):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first)
+            self.enc = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.batch_first = batch_first
+
+        def forward(self, x):
+            return self.enc(x if self.batch_first else x.transpose(0, 1))
+
+    one, other = Encoder(True).eval(), Encoder(False).eval()
+    other.load_state_dict(one.state_dict())
+    x, seen = torch.randn(6, 4, 8), []
+    for model in (one, other):
+        with torch.no_grad(), ActivationReader(find_sites(model, pattern), "positions") as reader:
+            model(x)
+            seen.append(reader.pop())
+    assert seen[0].keys() == seen[1].keys()
+    for name, rows in seen[0].items():
+        assert torch.allclose(rows, seen[1][name], atol=1e-6)
+
+
+def test_gates_on_both_sides_go_one_by_one():
+    model = nn.Sequential(nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    before = model(x)
+    out, into = Gates(find_sites(model, "0")), Gates(find_sites(model, "0:input"))
+    into["0:input"] = torch.zeros(4)
+    remove_gates(out)
+    assert torch.equal(model(x), model[0].bias.expand(2, -1))
+    remove_gates(into)
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(4, affine=False), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))]
+)
+def test_layers_without_a_weight_of_their_own_are_not_gated(layer):
+    with pytest.raises(ValueError, match="has no weight of its own"):
+        Gates(find_sites(nn.Sequential(layer), "0"))
+
+
 def test_patterns():
     model = Residual()
     assert [s.name for s in find_sites(model, ["fc", "conv*"])] == ["conv1", "conv2", "fc"]

@@ -14,7 +14,7 @@ one part of a dotted name, ``**`` for any number of parts.  A suffix picks the s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,14 @@ _CHANNELS_FIRST = (
     nn.GroupNorm,
 )
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
+_TRANSFORMERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.MultiheadAttention,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Site:
         side: ``"output"`` or ``"input"``.
         num_units: how many units; ``None`` where only a forward pass can tell (activations, blocks, pools).
         channels_per_unit: consecutive channels that form one unit (the head width for ``:heads``, else 1).
+        batch_first: activations are ``(B, T, C)``; in torch's transformers with ``batch_first=False``, ``(T, B, C)``.
     """
 
     name: str
@@ -48,6 +57,11 @@ class Site:
     side: Side = "output"
     num_units: int | None = None
     channels_per_unit: int = 1
+    batch_first: bool = True
+
+    def examples_first(self, activation: Tensor) -> Tensor:
+        """``activation`` with the batch as its first axis (a view)."""
+        return activation if self.batch_first or activation.ndim != 3 else activation.transpose(0, 1)
 
     def unit_axis(self, activation: Tensor) -> int:
         """The axis of ``activation`` that counts channels, as a negative index."""
@@ -68,15 +82,19 @@ def unit_axis(module: nn.Module, activation: Tensor) -> int:
     """Axis of the channels in what ``module`` reads or returns, as a negative index.
 
     Convolutions, batch and group norms: ``(B, C, *spatial)``.  Linear, layer norm, attention: ``(B, ..., C)``.
-    Anything else is read by its rank: 4-D and 5-D as ``(B, C, *spatial)``, otherwise ``(B, ..., C)``.
+    Anything else is read by its rank, 4-D and 5-D as ``(B, C, *spatial)`` and otherwise as ``(B, ..., C)``, unless only
+    the other axis has the width of a layer in it (blocks of 1-D convolutions; Swin's, which return ``(B, H, W, C)``).
     """
     if isinstance(module, nn.modules.conv._ConvNd):
         return -1 - len(module.kernel_size)
-    if isinstance(module, _CHANNELS_FIRST):
-        return 1 - activation.ndim
+    first, last = 1 - activation.ndim, -1
+    if isinstance(module, _CHANNELS_FIRST) or type(module).__name__ == "LayerNorm2d":
+        return first
     if isinstance(module, _CHANNELS_LAST) or type(module).__name__.endswith("RMSNorm"):
-        return -1
-    return 1 - activation.ndim if activation.ndim >= 4 else -1
+        return last
+    axis, other = (first, last) if activation.ndim >= 4 else (last, first)
+    widths = {_num_outputs(layer) for layer in module.modules()}
+    return other if activation.shape[axis] not in widths and activation.shape[other] in widths else axis
 
 
 def find_sites(model: nn.Module, patterns: str | Sequence[str]) -> list[Site]:
@@ -110,8 +128,8 @@ def find_sites(model: nn.Module, patterns: str | Sequence[str]) -> list[Site]:
             hits = {n: m for n, m in hits.items() if _head_projection(m) is not None} or hits
         if not hits:
             raise ValueError(_nothing_matches(pattern, modules))
-        for name, module in hits.items():
-            site = _make_site(name, module, suffix)
+        for name in hits:
+            site = _make_site(modules, name, suffix)
             found.setdefault(site.name, site)
     position = {name: i for i, name in enumerate(modules)}
     return sorted(found.values(), key=lambda site: position[site.name.partition(":")[0]])
@@ -169,14 +187,14 @@ def default_sites(model: nn.Module, head: str | None = None) -> list[Site]:
         is_stage = re.fullmatch(r"layer\d+", last) is not None
         nested = any(name.startswith(s.name + ".") for s in sites)
         if (is_block or is_stage) and not nested and any(True for _ in module.children()):
-            sites.append(_make_site(name, module, ""))
+            sites.append(_make_site(layers, name, ""))
     if not sites:
         sites = [
-            _make_site(name, module, "")
+            _make_site(layers, name, "")
             for name, module in layers.items()
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module is not head_layer
         ]
-    return [*sites, _make_site(head_name, head_layer, "input")]
+    return [*sites, _make_site(layers, head_name, "input")]
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -189,7 +207,8 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def _make_site(name: str, module: nn.Module, suffix: str) -> Site:
+def _make_site(layers: Mapping[str, nn.Module], name: str, suffix: str) -> Site:
+    module, batch_first = layers[name], _batch_first(layers, name)
     if suffix == "heads":
         projection = _head_projection(module)
         if projection is None:
@@ -199,10 +218,18 @@ def _make_site(name: str, module: nn.Module, suffix: str) -> Site:
                 "is called as a layer (nn.MultiheadAttention calls its projection by function)."
             )
         heads = int(module.num_heads)  # type: ignore[arg-type]
-        return Site(f"{name}:heads", projection, "input", heads, projection.in_features // heads)
+        return Site(f"{name}:heads", projection, "input", heads, projection.in_features // heads, batch_first)
     if suffix == "input":
-        return Site(f"{name}:input", module, "input", _num_inputs(module))
-    return Site(name, module, "output", _num_outputs(module))
+        return Site(f"{name}:input", module, "input", _num_inputs(module), batch_first=batch_first)
+    return Site(name, module, "output", _num_outputs(module), batch_first=batch_first)
+
+
+def _batch_first(layers: Mapping[str, nn.Module], name: str) -> bool:
+    """False in one of torch's own transformers whose attention has the sequence first."""
+    parts = name.split(".")
+    around = [layers.get(".".join(parts[: i + 1])) for i in range(len(parts))]
+    attention = [m for a in around if isinstance(a, _TRANSFORMERS) for m in a.modules()]
+    return all(m.batch_first for m in attention if isinstance(m, nn.MultiheadAttention))
 
 
 def _head_projection(module: nn.Module) -> nn.Linear | None:

@@ -43,10 +43,16 @@ class Gates:
                     "there cannot be folded into weights. Name a convolution, linear, batch- or layer-norm layer, or "
                     "the input of a convolution or linear layer."
                 )
+            weight = site.module._parameters.get("weight")
+            if weight is None:
+                raise ValueError(
+                    f"{site.name!r} ({type(site.module).__name__}) has no weight of its own to fold a gate into: it is "
+                    "a norm without one, or the weight is computed (torch.nn.utils.parametrize."
+                    "remove_parametrizations makes it a plain one)."
+                )
             name = _BUFFER[site.side]
             if name not in site.module._buffers:
-                reference = next(site.module.parameters())
-                gate = torch.ones(units * site.channels_per_unit, device=reference.device)
+                gate = torch.ones(units * site.channels_per_unit, device=weight.device)
                 site.module.register_buffer(name, gate, persistent=False)
                 if site.side == "output":
                     site.module.register_forward_hook(_gate_output)
@@ -129,8 +135,10 @@ def remove_gates(gates: Gates) -> None:
     for site in gates.sites:
         site.module._buffers.pop(_BUFFER[site.side], None)
         site.module._non_persistent_buffers_set.discard(_BUFFER[site.side])
-        _drop_hook(site.module._forward_hooks, _gate_output)
-        _drop_hook(site.module._forward_pre_hooks, _gate_input)
+        if site.side == "output":
+            _drop_hook(site.module._forward_hooks, _gate_output)
+        else:
+            _drop_hook(site.module._forward_pre_hooks, _gate_input)
     _forget_compiled()
 
 
@@ -158,9 +166,7 @@ def _multiply(module: nn.Module, value: Any, side: str) -> Any:
 
 
 def _scale_outputs(module: nn.Module, gate: Tensor) -> None:
-    weight: Tensor | None = module.weight  # type: ignore[assignment]
-    if weight is None:
-        raise ValueError(f"{type(module).__name__} without affine weights cannot hold a baked gate.")
+    weight: Tensor = module.weight  # type: ignore[assignment]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         out, groups = module.out_channels, module.groups
         per_group = gate.view(groups, out // groups).repeat_interleave(weight.shape[0] // groups, 0)

@@ -21,7 +21,7 @@ def reduce_activation(site: Site, activation: Tensor, reduce: Reduce = "auto") -
 
     Args:
         site: tells which axis counts units.
-        activation: ``(B, C)``, ``(B, C, *spatial)`` or ``(B, T, C)``.
+        activation: ``(B, C)``, ``(B, C, *spatial)`` or ``(B, T, C)``; ``(T, B, C)`` where the site is not batch first.
         reduce: over space or tokens: ``"mean"``, ``"max"``, ``"first_token"`` (token axis only), ``"positions"``
             (every position becomes a row of its own), or ``"auto"``: mean over space, first token of a sequence
             (the choices of Bansal et al. 2022).
@@ -30,6 +30,7 @@ def reduce_activation(site: Site, activation: Tensor, reduce: Reduce = "auto") -
         ``(B, N)``, or ``(B·positions, N)`` for ``"positions"``.  For attention heads a unit's value is the root mean
         square over its channels.
     """
+    activation = site.examples_first(activation)
     axis = site.unit_axis(activation)
     x = activation.movedim(axis, -1)
     if site.channels_per_unit > 1:
@@ -145,7 +146,7 @@ class ActivationReader:
 
     def _store(self, site: Site, activation: Tensor) -> None:
         x = activation.detach()
-        x = x.clone() if self.reduce is None else reduce_activation(site, x, self.reduce)
+        x = site.examples_first(x).clone() if self.reduce is None else reduce_activation(site, x, self.reduce)
         # A view (2-D input, first token) would change under a later in-place operation.
         if x.untyped_storage().data_ptr() == activation.untyped_storage().data_ptr():
             x = x.clone()
