@@ -78,10 +78,14 @@ def _balanced_subset(group: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _l1_head(z: Tensor, y: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    import sklearn
+    from packaging.version import Version
     from sklearn.linear_model import LogisticRegression
 
     mean, std = z.mean(0), z.std(0).clamp_min(1e-6)
-    model = LogisticRegression(l1_ratio=1.0, C=c, solver="liblinear", random_state=0)
+    # Before 1.8 l1_ratio alone is ignored; from then on penalty is deprecated.
+    l1 = {"l1_ratio": 1.0} if Version(sklearn.__version__) >= Version("1.8") else {"penalty": "l1"}
+    model = LogisticRegression(C=c, solver="liblinear", random_state=0, **l1)
     model.fit(((z - mean) / std).numpy(), y.numpy())
     weight = torch.from_numpy(model.coef_).float() / std
     bias = torch.from_numpy(model.intercept_).float() - weight @ mean

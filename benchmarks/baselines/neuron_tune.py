@@ -42,12 +42,12 @@ def _neuron_tune(experiment: Experiment, tune_on: str) -> Outcome:
 
     best: tuple[float, tuple[Tensor, Tensor], float] = (-1.0, (features.weight, features.bias), 0.0)
     for share in SHARES if bool(torch.isfinite(scores).any()) else ():
-        keep = torch.ones_like(scores)
-        keep[scores.topk(round(share * len(scores))).indices] = 0.0
-        weight, bias = fit_head(tune_z * keep, tune_y, balanced_weights(tune_y), num_classes=len(features.weight))
-        worst = worst_accuracy((z[second] @ (weight * keep).T + bias).argmax(1), y[second], y[second])
+        kept = scores.argsort(descending=True, stable=True)[round(share * len(scores)) :]
+        head = fit_head(tune_z[:, kept], tune_y, balanced_weights(tune_y), num_classes=len(features.weight))
+        weight = torch.zeros_like(features.weight).index_copy(1, kept, head.weight)
+        worst = worst_accuracy((z[second] @ weight.T + head.bias).argmax(1), y[second], y[second])
         if worst > best[0]:
-            best = (worst, (weight * keep, bias), share)
+            best = (worst, (weight, head.bias), share)
     return features.outcome(best[1], {"share": best[2], "tune_on": tune_on})
 
 

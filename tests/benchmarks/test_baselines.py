@@ -93,6 +93,16 @@ def test_neuron_tune_ranks_the_unit_that_errors_share():
     assert int(wrong_minus_right(z, y, predicted).argmax()) == 1
 
 
+def test_the_penalty_of_a_head_is_the_same_at_every_width():
+    z, y = torch.randn(200, 40), torch.arange(200) % 2
+    z[:, 0] += y
+    wide, narrow = fit_head(z, y), fit_head(z[:, :5], y)
+    for head, x in ((wide, z), (narrow, z[:, :5])):  # where the gradient of the loss is that of l2/2·‖V‖²
+        std, mean = torch.std_mean(x, 0, correction=0)
+        error = (head(x).softmax(1) - torch.nn.functional.one_hot(y, 2)) / len(y)
+        assert torch.allclose(-error.T @ ((x - mean) / std), 0.1 * head.weight * std, atol=1e-4)
+
+
 def test_example_tied_dropout_ties_units_to_examples_and_drops_them_at_test_time():
     module = Classifier(nn.Sequential(nn.Identity(), nn.Linear(100, 2, bias=False)))
     nn.init.ones_(module.model[1].weight)
