@@ -549,6 +549,15 @@ def test_stopped_early_still_removes(masks):
     assert remover.rounds
 
 
+def test_without_a_validation_after_it_the_removal_is_announced(masks):
+    remover = MemorizationRemover(shares=(0.5,))
+    with pytest.warns(UserWarning, match="without a validation after it"):
+        _fit(remover, epochs=4, check_val_every_n_epoch=3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without a validation after it")
+        _fit(MemorizationRemover(shares=(0.5,)), epochs=3, check_val_every_n_epoch=3)
+
+
 def test_deepcopy_and_dry_run():
     remover = MemorizationRemover()
     module, _ = _fit(remover, fast_dev_run=True)

@@ -124,22 +124,38 @@ def test_augmentation_on_the_device_leaves_held_out_examples_alone():
     assert len(module.where) == 2 * 8  # the batches of training, and no others
 
 
-def test_layers_that_do_not_give_a_row_for_each_example():
-    class Tokens(Net):
-        """The encoder reads (tokens, batch, channels)."""
+class Tokens(Net):
+    """The encoder reads (tokens, batch, channels)."""
 
+    def __init__(self, encoder):
+        super().__init__()
+        self.net, self.embed, self.head, self.encoder = None, nn.Linear(12, 16), nn.Linear(16, 2), encoder
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x).expand(5, -1, -1)).mean(0))
+
+
+def test_layers_that_do_not_give_a_row_for_each_example():
+    class Blocks(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net, self.embed, self.head = None, nn.Linear(12, 16), nn.Linear(16, 2)
-            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0), 1)
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(16, 16))])
 
         def forward(self, x):
-            return self.head(self.encoder(self.embed(x).expand(5, -1, -1)).mean(0))
+            return self.layers[0](x)
 
     with pytest.raises(ValueError, match="do not give one row per example"):
-        _fit(MemorizationRemover(head="head"), Tokens(), epochs=1)
+        _fit(MemorizationRemover(head="head"), Tokens(Blocks()), epochs=1)
     remover = MemorizationRemover(head="head", probe_layers="embed")
-    _fit(remover, Tokens(), epochs=1)
+    _fit(remover, Tokens(Blocks()), epochs=1)
+    assert float((remover._train_groups == TRAIN.tensors[2]).float().mean()) > 0.9
+
+
+def test_a_transformer_with_the_sequence_first_is_probed():
+    remover = MemorizationRemover(head="head")
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0), 1, enable_nested_tensor=False)
+    _fit(remover, Tokens(encoder), epochs=1)
+    assert remover.probe["site"].startswith("encoder.layers.0")
     assert float((remover._train_groups == TRAIN.tensors[2]).float().mean()) > 0.9
 
 

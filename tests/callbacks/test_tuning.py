@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from test_remover import MANY, TEST, VAL, Net, _fit, _loaders, _set, _worst
@@ -84,7 +86,7 @@ def test_masked_units_stay_masked(monkeypatch):
 
 def test_a_loss_that_is_not_finite_puts_the_weights_back(monkeypatch):
     plain, _ = _fit(MemorizationRemover(fine_tune=0), loaders=_loaders(val=MANY))
-    losses = iter([1.0, 1.0, float("nan")])
+    losses = itertools.chain([1.0] * 20, itertools.repeat(float("nan")))
     cross_entropy = nn.functional.cross_entropy
 
     class Functional:
@@ -94,7 +96,7 @@ def test_a_loss_that_is_not_finite_puts_the_weights_back(monkeypatch):
 
     monkeypatch.setattr("demem.callbacks._tuning.F", Functional)
     remover = MemorizationRemover()
-    with pytest.warns(UserWarning, match="not finite; the weights are those before"):
+    with pytest.warns(UserWarning, match="to nan, so the weights are those before it"):
         module, _ = _fit(remover, loaders=_loaders(val=MANY))
     assert torch.equal(_parameters(plain), _parameters(module))
     assert remover.fine_tuned_on == 0
@@ -112,10 +114,38 @@ def test_weights_that_are_not_finite_are_put_back(monkeypatch):
 
     monkeypatch.setattr("demem.callbacks._tuning.F", Functional)
     remover = MemorizationRemover(fine_tune=1)  # one step
-    with pytest.warns(UserWarning, match="not finite; the weights are those before"):
+    with pytest.warns(UserWarning, match="to nan, so the weights are those before it"):
         module, _ = _fit(remover, loaders=loaders)
     assert torch.equal(_parameters(plain), _parameters(module))
     assert remover.fine_tuned_on == 0
+
+
+def test_steps_that_are_too_large_are_taken_back():
+    loaders = _loaders(val=MANY)
+    plain, _ = _fit(MemorizationRemover(fine_tune=0), loaders=loaders)
+    with pytest.warns(UserWarning, match="took their loss from .*, so the weights are those before it"):
+        module, _ = _fit(MemorizationRemover(fine_tune=1, fine_tune_lr=3.0), loaders=loaders)
+    assert torch.equal(_parameters(plain), _parameters(module))
+
+
+def test_a_module_that_hides_its_optimizer_is_tuned():
+    class Manual(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.own = torch.optim.Adam(self.parameters(), 3e-3)
+
+        def configure_optimizers(self):
+            return None
+
+        def training_step(self, batch, batch_idx):
+            self.own.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.own.step()
+
+    remover = MemorizationRemover()
+    _fit(remover, Manual(), loaders=_loaders(val=MANY))
+    assert remover.fine_tuned_on > 0
 
 
 def test_iterable_held_out_data_is_not_tuned_on():

@@ -71,14 +71,17 @@ def test_stays_as_trained_where_the_refit_has_nothing_to_go_by():
     trained_wins = [replace(r, right=nothing if i else everything) for i, r in enumerate(rounds)]
     # Groups that are known and large enough: refit, whatever the accuracies.
     assert choose_round(refit_wins, held_out, typical) == choose_round(trained_wins, held_out, typical) == 1
-    # Unknown, or several atypical ones to a class and most with fewer than 5 examples, or none: only if clearly better.
+    # Unknown, or several atypical ones to a class and most with fewer than 5 examples, or none, or a single
+    # atypical example of a class: only if clearly better.
     atypical = held_out.group != typical[held_out.y]
     split = torch.where(atypical, 4 + torch.arange(200), held_out.group)
     none = typical[held_out.y]
     # One small atypical group to a class is no reason.
     small = torch.where(atypical & (torch.arange(200) > 60), typical[held_out.y], held_out.group)
     assert choose_round(trained_wins, held_out._replace(group=small), typical) == 1
-    for group, known in ((held_out.group, False), (split, True), (none, True)):
+    one = torch.where(atypical & (held_out.y == 0), none, held_out.group)
+    one[(held_out.y == 0).nonzero()[0]] = 1 - none[held_out.y == 0][0]
+    for group, known in ((held_out.group, False), (split, True), (none, True), (one, True)):
         few = held_out._replace(group=group)
         assert choose_round(refit_wins, few, typical, groups_known=known) == 1
         assert choose_round(trained_wins, few, typical, groups_known=known) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from demem.batch import apply_model
 from demem.callbacks._passes import batches_of, undisturbed
+
+RISE = 0.01  # nats: where the head is the best already, the loss stays as it is, more or less
 
 
 def fine_tune(
@@ -30,11 +33,12 @@ def fine_tune(
 ) -> bool:
     """Minimise cross-entropy on a few examples by Adam, whose learning rate falls from ``lr`` to 0 by a cosine.
 
-    Weights that the trainer's optimizers do not hold stay as they are.  The step is Adam's own, not the trainer's: with
-    frozen statistics, in evaluation mode, a learning rate that suits batch norm in training tears a network apart, and
-    Adam's steps have the same size whatever the scale of the loss.  Batch-norm statistics, the random state and the
-    trainer's optimizers stay as they are; dropout is off.  Every process does the same steps; the weights of the first
-    one count.  Should the loss or a weight not be finite, all weights are put back and a warning tells so.
+    Weights that the trainer's optimizers (if it has any) do not hold stay as they are.  The step is Adam's own, not the
+    trainer's: with frozen statistics, in evaluation mode, a learning rate that suits batch norm in training tears a
+    network apart, and Adam's steps have the same size whatever the scale of the loss.  Batch-norm statistics, the
+    random state and the trainer's optimizers stay as they are; dropout is off.  Every process does the same steps; the
+    weights of the first one count.  Should the loss over all these examples be higher afterwards (by .01 nats or
+    more), or not finite, the weights are put back and a warning tells so.
 
     Args:
         trainer, pl_module: of the run.
@@ -50,33 +54,38 @@ def fine_tune(
         Whether the weights are the new ones.
     """
     trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    parameters = [p for p in pl_module.parameters() if p.requires_grad and id(p) in trained]
+    # A module that steps by itself may hide its optimizer.
+    parameters = [p for p in pl_module.parameters() if p.requires_grad and (id(p) in trained or not trained)]
     before = [p.detach().clone() for p in parameters]
     generator = torch.Generator().manual_seed(seed)
-    finite = True
+
+    def losses(orders: Iterable[Tensor]) -> Iterator[Tensor]:
+        for batch in (b for order in orders for b in batches_of(trainer, pl_module, loader, order, batch_size)):
+            yield F.cross_entropy(apply_model(model, batch.x).float(), batch.y)
+
+    @torch.no_grad()
+    def total() -> float:
+        return float(torch.stack(list(losses([positions]))).mean())
+
     with undisturbed(trainer, pl_module, grad=True), _full_precision_for_fp16(trainer):
         optimizer = torch.optim.Adam(parameters, lr)
         steps = epochs * math.ceil(len(positions) / batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        orders = [positions[torch.randperm(len(positions), generator=generator)] for _ in range(epochs)]
-        for batch in (b for order in orders for b in batches_of(trainer, pl_module, loader, order, batch_size)):
-            loss = F.cross_entropy(apply_model(model, batch.x).float(), batch.y)
-            finite = bool(loss.isfinite())
-            if not finite:
-                break
+        at_first = total()
+        for loss in losses(positions[torch.randperm(len(positions), generator=generator)] for _ in range(epochs)):
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         optimizer.zero_grad()
-    finite = finite and all(bool(parameter.isfinite().all()) for parameter in parameters)
-    if not trainer.strategy.reduce_boolean_decision(finite):  # the same for all processes
+        at_last = total()
+    if not trainer.strategy.reduce_boolean_decision(at_last < at_first + RISE):  # the same for all processes
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
         warnings.warn(
-            "Fine-tuning on held-out examples gave a loss or weights that are not finite; the weights are those before "
-            "it. fine_tune=0 leaves it out.",
+            f"Fine-tuning on held-out examples took their loss from {at_first:.3g} to {at_last:.3g}, so the weights "
+            "are those before it. A lower fine_tune_lr may help; fine_tune=0 leaves it out.",
             stacklevel=2,
         )
         return False

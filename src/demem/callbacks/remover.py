@@ -62,8 +62,10 @@ class MemorizationRemover(Callback):
        groups in equal numbers, with the layers below at rest (:func:`demem.removal.remove_in_rounds`).  Of the rounds
        that cannot be told from the best on the worst inferred group, the one that masks least stays; it may mask
        nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.  Where no
-       shortcut was found, or a class has several inferred minority groups with a handful of held-out examples each,
-       the network is left as trained unless the refit is clearly better (:func:`demem.removal.choose_round`).
+       shortcut was found, the network may have learned one late: the groups are then two clusters of each class, of
+       what the head reads of the held-out examples (:func:`demem.tracing.shortcut.class_clusters`).  With these, or
+       where a class has less than two atypical held-out examples, or several inferred minority groups with a handful
+       each, the network is left as trained unless the refit is clearly better (:func:`demem.removal.choose_round`).
     4. *Else* the whole gated network is fine-tuned for a few passes over one subset of the held-out examples with
        equally many of every inferred group, where these are enough to say how the features should change (64 of each
        class).  One subset, not a new one each pass: an example seen more often than others is fitted more closely.
@@ -182,6 +184,7 @@ class MemorizationRemover(Callback):
         self._loaded_gate: Tensor | None = None
         self._written: Tensor | None = None  # the head's weight after step 4, on the CPU
         self._fresh = True  # no epoch of this fit has begun
+        self._unseen = False  # no validation has run since the removal
         self._undo: Callable[[], None] | None = None  # puts the training loader's own sampler back
 
     @property
@@ -285,18 +288,22 @@ class MemorizationRemover(Callback):
         if _is_last_step(trainer) and not _is_dry_run(trainer):
             self._remove(trainer, pl_module)
             chosen = next(r for r in self.rounds if r["chosen"])
-            pl_module.log("removal/masked_share", float(chosen["share"]), on_step=False, on_epoch=True)
-            pl_module.log("removal/worst_inferred_group_acc", float(chosen["worst"]), on_step=False, on_epoch=True)
+            values = {"removal/masked_share": chosen["share"], "removal/worst_inferred_group_acc": chosen["worst"]}
+            pl_module.log_dict({k: float(v) for k, v in values.items()}, on_step=False, on_epoch=True, sync_dist=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._unseen = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Stopped early, by time or by a signal: nothing told that the last step was the last.
         if self._removed_at_step != trainer.global_step and not _is_dry_run(trainer):
             self._remove(trainer, pl_module)
-            if self._refitted:
-                warnings.warn(
-                    f"Training ended before its last planned step, so the network was refitted {_AFTER_VALIDATION}",
-                    stacklevel=2,
-                )
+        if self._refitted and self._unseen:
+            warnings.warn(
+                "As training ended before its last planned step, or without a validation after it, the network was "
+                f"refitted {_AFTER_VALIDATION}",
+                stacklevel=2,
+            )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_sampler()
@@ -483,6 +490,7 @@ class MemorizationRemover(Callback):
             write_head(site.module, trainer.strategy.broadcast(rounds[chosen].head))
             self.fine_tuned_on = self._fine_tune(trainer, pl_module, held_out, positions)
         self._removed_at_step = trainer.global_step
+        self._unseen = True
         self._written = self._site.module.weight.detach().cpu().clone()  # type: ignore[operator]
 
     def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Examples, Examples, Tensor]:

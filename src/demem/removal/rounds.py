@@ -19,6 +19,7 @@ MASKED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.86, 0.9)
 SMOOTHING = 0.02
 JUDGED_SUBSETS = 5  # for each of the heads that only judge a round
 FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
+FEWEST_ATYPICAL = 2  # examples of a class; a head balanced on fewer follows chance
 ONE_SIDED = 1.645  # standard errors: 5%
 
 
@@ -180,8 +181,8 @@ def choose_round(
 
     The network stays as trained (index 0) where the refit has nothing new to go by and is not clearly better
     (:func:`clearly_better`, over the typical and the atypical examples of each class): the groups are unknown, or the
-    atypical examples of a class are spread over several groups, most of which have fewer than 5, as where many classes
-    share few held-out examples.
+    atypical examples of a class are fewer than two, or spread over several groups, most of which have fewer than 5, as
+    where many classes share few held-out examples.
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -195,8 +196,9 @@ def choose_round(
     atypical = _atypical(held_out, typical)
     sizes = torch.bincount(held_out.group[atypical])
     sizes = sizes[sizes > 0].float()
-    several = len(sizes) > len(typical)  # to a class
-    if groups_known and len(sizes) > 0 and not (several and float(sizes.quantile(0.5)) < FEWEST_JUDGED):
+    scattered = len(sizes) > len(typical) and float(sizes.quantile(0.5)) < FEWEST_JUDGED
+    fewest = int(torch.bincount(held_out.y[atypical], minlength=len(typical)).min())
+    if groups_known and fewest >= FEWEST_ATYPICAL and not scattered:
         return refit
     return refit if clearly_better(rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical) else 0
 
