@@ -172,15 +172,6 @@ def test_without_a_shortcut_a_clearly_better_refit_is_kept():
     assert _worst(module) > _worst(plain) + 0.1
 
 
-def test_without_a_shortcut_clusters_show_the_minority(monkeypatch):
-    """In a validation set that is like the training set, the classes alone say nothing of the attribute."""
-    loaders = _loaders(val=_set(600, 0.9, 4))
-    module, _ = _fit(MemorizationRemover(min_sure=1), loaders=loaders)
-    monkeypatch.setattr("demem.callbacks.remover.class_clusters", lambda features, y, *_: 2 * y)
-    by_class, _ = _fit(MemorizationRemover(min_sure=1), loaders=loaders)
-    assert _worst(module) > _worst(by_class) + 0.1
-
-
 def test_groups_given_are_used_without_a_shortcut():
     remover = MemorizationRemover(use_groups=True, min_sure=1)
     _fit(remover)

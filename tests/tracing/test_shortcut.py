@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from demem.tracing.shortcut import _sure, class_clusters, find_shortcut, probe_shortcut
+from demem.tracing.shortcut import _sure, find_shortcut, probe_shortcut
 
 
 def _layers(n=2000, share=0.95, seed=0):
@@ -75,18 +75,3 @@ def test_is_class_balanced_and_multiclass():
 def test_refuses_nothing_to_probe():
     with pytest.raises(ValueError, match="at least one layer"):
         find_shortcut({}, torch.tensor([0, 1]), 2)
-
-
-def test_clusters_of_a_class_are_its_planted_groups():
-    y = torch.arange(300) % 3
-    minority = torch.rand(300) < torch.tensor([0.1, 0.3, 0.2])[y]
-    features = 4.0 * torch.nn.functional.one_hot(y, 3) + 3.0 * minority[:, None] * torch.tensor([1.0, -1, 1])
-    group = class_clusters(features + 0.3 * torch.randn(300, 3), y, 3)
-    assert torch.equal(group, 2 * y + minority)
-
-
-def test_classes_that_have_no_clusters():
-    y = torch.tensor([0, 0, 0, 0, 1, 3, 3])
-    features = torch.tensor([[1.0], [1], [1], [1], [5], [2], [9]])
-    assert class_clusters(features, y, 4)[:5].tolist() == [0, 0, 0, 0, 2]  # all alike; a single one
-    assert sorted(class_clusters(features, y, 4)[5:].tolist()) == [6, 7]

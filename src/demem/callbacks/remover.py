@@ -27,10 +27,10 @@ from demem.callbacks._passes import (
 from demem.callbacks._sampling import reweight
 from demem.callbacks._tuning import fine_tune
 from demem.linear import balanced_subset, balanced_weights, few_of_each_group, fit_linear
-from demem.removal import MASKED_SHARES, Examples, Round, choose_round, largest_groups, remove_in_rounds
+from demem.removal import MASKED_SHARES, Examples, choose_round, largest_groups, remove_in_rounds
 from demem.removal.rounds import SMOOTHING, check_shares
 from demem.sites import ActivationReader, Gates, Site, bake_gates, check_finite, default_sites, find_head, find_sites
-from demem.tracing.shortcut import MIN_SURE, PROGRESS, ShortcutProbe, class_clusters, class_error, find_shortcut
+from demem.tracing.shortcut import MIN_SURE, PROGRESS, ShortcutProbe, class_error, find_shortcut
 
 MAX_ERRORS = (0.25, 0.15)  # a minority is small; once trained, a network soon knows the class itself
 LEARNED_ON, AT_CHANCE = 2_000, 0.8  # training examples that tell, and their share of chance's error from which on
@@ -64,9 +64,7 @@ class MemorizationRemover(Callback):
        nothing.  Masking while the layers below still learn is undone by them; that is why it comes last.  Where no
        shortcut was found, or a class has less than two atypical held-out examples or several inferred minority groups
        with a handful each, the network is left as trained unless the refit is clearly better
-       (:func:`demem.removal.choose_round`).  If no shortcut was found and a refit on classes is not, the network may
-       have learned a shortcut late: one on two clusters of each class is tried, of what the head reads of the held-out
-       examples (:func:`demem.tracing.shortcut.class_clusters`).
+       (:func:`demem.removal.choose_round`).
     4. *Else* the whole gated network is fine-tuned for a few passes over one subset of the held-out examples with
        equally many of every inferred group, where these are enough to say how the features should change (64 of each
        class).  One subset, not a new one each pass: an example seen more often than others is fitted more closely.
@@ -465,12 +463,18 @@ class MemorizationRemover(Callback):
             site.module.weight.mul_(gates[site.name].to(site.module.weight))  # type: ignore[operator, arg-type]
         self._set_gate()
         train, held_out, positions = self._examples(trainer, pl_module)
-        rounds, chosen = self._rounds(trainer, train, held_out, self._typical)
-        if chosen == 0 and not self._knows_groups:
-            classes = self._num_classes()
-            clusters = class_clusters(held_out.features, held_out.y, classes, self.seed)
-            held_out = held_out._replace(group=trainer.strategy.broadcast(clusters))
-            rounds, chosen = self._rounds(trainer, train, held_out, 2 * torch.arange(classes))
+        rounds = remove_in_rounds(
+            train,
+            held_out,
+            read_head(site.module),
+            num_classes=self._num_classes(),
+            shares=self.shares,
+            typical=self._typical if self.atypical == "group" else None,
+            atypical_share=self.atypical_share,
+            l2=self.l2,
+        )
+        chosen = choose_round(rounds, held_out, self._typical, self.tolerance, self._knows_groups)
+        chosen = trainer.strategy.broadcast(chosen)
         self.rounds = [
             {"refit": i > 0, "share": r.share, "worst": r.worst, "chosen": i == chosen} for i, r in enumerate(rounds)
         ]
@@ -482,23 +486,6 @@ class MemorizationRemover(Callback):
         self._removed_at_step = trainer.global_step
         self._unseen = True
         self._written = self._site.module.weight.detach().cpu().clone()  # type: ignore[operator]
-
-    def _rounds(
-        self, trainer: pl.Trainer, train: Examples, held_out: Examples, typical: Tensor
-    ) -> tuple[list[Round], int]:
-        """The rounds, and which of them to keep."""
-        rounds = remove_in_rounds(
-            train,
-            held_out,
-            read_head(self._site.module),
-            num_classes=self._num_classes(),
-            shares=self.shares,
-            typical=typical if self.atypical == "group" else None,
-            atypical_share=self.atypical_share,
-            l2=self.l2,
-        )
-        chosen = choose_round(rounds, held_out, typical, self.tolerance, self._knows_groups)
-        return rounds, trainer.strategy.broadcast(chosen)
 
     def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Examples, Examples, Tensor]:
         """What the head reads of some training examples and of the held-out ones, and the latter's positions."""

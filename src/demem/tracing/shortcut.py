@@ -9,14 +9,10 @@ training examples, and no held-out data is needed.
 Where the class is as easy to read as any attribute, the probe is nearly always right and its mistakes are merely hard
 examples.  That can be told: a probe that follows an attribute is sure also where the attribute misleads it, on hard
 examples it is not.
-
-A shortcut that no probe shows, as the network learned it late, still leaves its mark on what the trained network's head
-reads: the held-out examples that go against it lie apart from the others of their class (:func:`class_clusters`).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,7 +25,6 @@ from demem.tracing.atypical import margins
 PROBE_L2 = 1e-2
 PROGRESS = 0.8  # from chance to the best layer
 UNSURE = 0.05  # of the right answers, those with the smallest margins
-CLUSTERED = 20_000  # examples of a class, evenly spaced: two means need no more
 MIN_SURE = 1 / 3  # of the mistakes; for hard examples up to .28 was seen, for shortcuts from .42
 
 
@@ -144,32 +139,3 @@ def find_shortcut(
     site = next(name for name, error in errors.items() if error <= enough)
     head, sure = fit_linear(features[site], y, weights, l2, num_classes), _sure(logits[site], y)
     return ShortcutProbe(site, logits[site].argmax(1), head, errors[site], sure, sure >= min_sure)
-
-
-def class_clusters(features: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Tensor:
-    """Inferred group of each example, from two clusters (k-means) of each class: ``2 y`` in the larger, ``2 y + 1`` in
-    the smaller one.
-
-    Args:
-        features: ``(S, N)``, finite; of examples that the network was not trained on.
-        y: ``(S,)`` class indices.
-        num_classes: number of classes.
-        seed: of k-means.
-
-    Source: Sohoni et al. 2020 (GEORGE), who cluster the classes of the training set to train again by the clusters.
-    """
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    group = 2 * y
-    for c in range(num_classes):
-        members = (y == c).nonzero()[:, 0]
-        if len(members) < 2:
-            continue
-        with warnings.catch_warnings():  # members that are all alike
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            rows = features[members].float().cpu().numpy()
-            means = KMeans(2, n_init=4, random_state=seed).fit(rows[:: 1 + len(rows) // CLUSTERED])
-            label = torch.from_numpy(means.predict(rows)).to(y)
-        group[members] += label if int(label.sum()) * 2 <= len(label) else 1 - label
-    return group
