@@ -1,9 +1,13 @@
 """Batches in the forms that users yield."""
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
-from demem.batch import unpack_batch
+from demem.batch import apply_model, unpack_batch
+from demem.module import Classifier
 
 X, Y, G = torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), torch.tensor([0, 3, 2, 1])
 
@@ -21,3 +25,47 @@ def test_metadata_needs_a_grouper():
     assert unpack_batch((X, Y, G[:, None].float())).group is None
     assert unpack_batch((X, Y, metadata), grouper=lambda m: m[:, 0]).group.tolist() == G.tolist()
     assert unpack_batch((X, Y, G[:, None]), grouper=lambda m: m[:, 0] + 1).group.tolist() == (G + 1).tolist()
+
+
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(10, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids, attention_mask):
+        return self.fc((self.embed(input_ids) * attention_mask[:, :, None]).mean(1))
+
+
+def test_tokens_by_name_and_training_without_an_end():
+    batch = {"input_ids": torch.ones(4, 5, dtype=torch.long), "attention_mask": torch.ones(4, 5), "labels": Y}
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    stop = pl.callbacks.LambdaCallback(on_train_epoch_end=lambda trainer, _: setattr(trainer, "should_stop", True))
+    trainer = pl.Trainer(max_epochs=-1, callbacks=[stop], enable_model_summary=False, **settings)
+    trainer.fit(Classifier(Text()), DataLoader([batch], batch_size=None))
+    assert trainer.global_step == 1
+
+
+class Masked(nn.Linear):
+    def forward(self, pixels, mask=None, y=None):
+        return super().forward(pixels if mask is None else pixels * mask)
+
+
+def test_keys_that_forward_names_go_in_with_the_inputs():
+    model, mask = Masked(3, 2), torch.tensor([1.0, 0.0, 1.0]).expand(4, 3)
+    batch = {"x": X, "mask": mask, "y": Y, "group": G, "index": torch.arange(4)}
+    for module in (model, Classifier(model), torch.compile(model)):
+        x = unpack_batch(batch, module).x
+        assert sorted(x) == ["mask", "pixels"]
+    assert torch.equal(apply_model(Classifier(model), x), model(X, mask))
+    assert unpack_batch(batch, nn.Linear(3, 2)).x is X
+    assert unpack_batch({"x": X, "y": Y, "group": G}, model).x is X
+
+
+@pytest.mark.parametrize("x", [X, [X, X]])
+def test_a_forward_that_takes_something_else(x):
+    class Whole(nn.Linear):
+        def forward(self, batch):
+            return super().forward(batch[0])
+
+    with pytest.raises((TypeError, ValueError), match=r"forward\(x\) must take the inputs .*`unpack_batch"):
+        apply_model(Whole(3, 2) if x is X else nn.Linear(3, 2), x)

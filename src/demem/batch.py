@@ -2,7 +2,8 @@
 
 Understood as they are: ``(x, y)``; ``(x, y, group)``; ``(x, y, metadata)`` as wilds yields it, given the dataset's
 grouper; a mapping with inputs (``x``, ``image``, ``pixel_values``, ``input_ids`` …), labels (``y``, ``label``,
-``labels``, ``target``) and groups (``group``, ``groups``, ``g``, ``metadata``).
+``labels``, ``target``) and groups (``group``, ``groups``, ``g``, ``metadata``).  Other keys of a mapping go in with the
+inputs if the module's ``forward`` has parameters of these names (``mask``).
 
 **Any other batch:** define one method on your LightningModule::
 
@@ -12,6 +13,7 @@ grouper; a mapping with inputs (``x``, ``image``, ``pixel_values``, ``input_ids`
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +24,10 @@ _INPUT_KEYS = ("x", "image", "images", "img", "input", "inputs", "pixel_values",
 _LABEL_KEYS = ("y", "label", "labels", "target", "targets", "class")
 _GROUP_KEYS = ("group", "groups", "g", "group_id")
 _METADATA_KEYS = ("metadata", "meta")
+_CONTRACT = (
+    "forward(x) must take the inputs of a batch and return logits (B, C). If it takes the whole batch or several "
+    "inputs, define `unpack_batch(self, batch)` on your LightningModule; a mapping x goes in as forward(**x)."
+)
 
 
 class Batch(NamedTuple):
@@ -39,7 +45,7 @@ def unpack_batch(
 
     Args:
         batch: what a data loader yields.
-        module: asked first, if it has an ``unpack_batch`` method.
+        module: asked first, if it has an ``unpack_batch`` method; its ``forward`` tells which keys are inputs.
         grouper: turns a metadata matrix ``(B, M)`` into groups ``(B,)``, e.g. ``metadata_to_group`` of a wilds
             ``CombinatorialGrouper``.  Without it a single integer column is taken for the groups; they are ``None``
             where there are more columns.
@@ -52,7 +58,7 @@ def unpack_batch(
     if callable(own):
         parts = tuple(own(batch))
     elif isinstance(batch, Mapping):
-        parts = _from_mapping(batch)
+        parts = _from_mapping(batch, module)
     elif isinstance(batch, list | tuple) and len(batch) in (2, 3):
         parts = tuple(batch)
     else:
@@ -74,11 +80,17 @@ def apply_model(model: nn.Module, x: Any) -> Tensor:
     A single logit per example becomes two, ``(0, z)``, so that binary heads with one output need no special case.
 
     Raises:
-        TypeError: the output holds no logits tensor.
+        TypeError: the model does not take ``x``, or the output holds no logits tensor.
         ValueError: it is not of shape ``(B, C)``.
     """
-    output = model(**x) if isinstance(x, Mapping) else model(x)
-    return as_logits(output)
+    try:
+        output = model(**x) if isinstance(x, Mapping) else model(x)
+    except (TypeError, IndexError) as error:
+        raise TypeError(f"{error}. {_CONTRACT}") from error
+    logits = as_logits(output)
+    if isinstance(x, Tensor) and len(logits) not in x.shape[:2]:  # inputs may be (T, B)
+        raise ValueError(f"Inputs {tuple(x.shape)} gave logits {tuple(logits.shape)}. {_CONTRACT}")
+    return logits
 
 
 def as_logits(output: Any) -> Tensor:
@@ -99,7 +111,7 @@ def as_logits(output: Any) -> Tensor:
     return torch.cat([torch.zeros_like(output), output], 1) if output.shape[1] == 1 else output
 
 
-def _from_mapping(batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+def _from_mapping(batch: Mapping[str, Any], module: nn.Module | None) -> tuple[Any, Any, Any]:
     def pick(keys: tuple[str, ...]) -> Any:
         return next((batch[k] for k in keys if k in batch), None)
 
@@ -109,9 +121,27 @@ def _from_mapping(batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     if x is None:  # a tokenizer's output: every other key is an input of the model
         known = {*_LABEL_KEYS, *_GROUP_KEYS, *_METADATA_KEYS}
         x = {k: v for k, v in batch.items() if k not in known} if "input_ids" in batch else None
+    elif module is not None and len(batch) > 2:
+        key = next(k for k in _INPUT_KEYS if k in batch)
+        names = _parameters(module)
+        first = key if key in names else next(iter(names), key)
+        others = {k: batch[k] for k in names if k in batch and k not in (first, *_LABEL_KEYS, *_GROUP_KEYS)}
+        x = {first: x, **others} if others else x
     if x is None or y is None:
         raise TypeError(_unreadable(batch))
     return x, y, group
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """Names that ``forward`` takes; where it takes anything (a wrapper), the first child with weights is asked."""
+    try:
+        taken = inspect.signature(module.forward).parameters.values()
+    except ValueError:  # a traced module tells nothing
+        return []
+    named = [p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if named:
+        return named
+    return next((_parameters(child) for child in module.children() if any(True for _ in child.parameters())), [])
 
 
 def _check_labels(y: Tensor) -> Tensor:
@@ -148,14 +178,22 @@ def _to_group(extra: Any, size: int, grouper: Callable[[Tensor], Tensor] | None)
     return group
 
 
-def _unreadable(batch: Any) -> str:
+def form_of(batch: Any) -> str:
+    """What a batch consists of, for messages."""
+
+    def kind(value: Any) -> str:
+        name = type(value).__name__
+        return f"{name} of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else name
+
     if isinstance(batch, Mapping):
-        form = f"a mapping with the keys {sorted(map(str, batch))}"
-    elif isinstance(batch, list | tuple):
-        form = f"a {type(batch).__name__} of ({', '.join(type(b).__name__ for b in batch)})"
-    else:
-        form = type(batch).__name__
+        return f"a mapping of {', '.join(sorted(f'{key!r}: {kind(value)}' for key, value in batch.items()))}"
+    if isinstance(batch, list | tuple):
+        return f"a {type(batch).__name__} of ({', '.join(map(kind, batch))})"
+    return type(batch).__name__
+
+
+def _unreadable(batch: Any) -> str:
     return (
-        f"Cannot read a batch that is {form}. Yield (x, y), (x, y, group), or a dict with 'x', 'y' and 'group'; "
-        "or define `unpack_batch(self, batch)` on your LightningModule and return (x, y, group or None)."
+        f"Cannot read a batch that is {form_of(batch)}. Yield (x, y), (x, y, group), or a dict with 'x', 'y' and "
+        "'group'; or define `unpack_batch(self, batch)` on your LightningModule and return (x, y, group or None)."
     )

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -130,6 +132,19 @@ def test_entropy_alone_and_every_second_epoch():
     assert not [name for name in monitor.history[0] if name.startswith("diversity/mi")]
 
 
+def test_epochs_are_counted_from_the_last_measurement(tmp_path):
+    monitor = ActivationDiversityMonitor(mi=None, every_n_epochs=2)
+    model, trainer = fit(monitor, max_epochs=4, check_val_every_n_epoch=2)
+    assert [row["epoch"] for row in monitor.history] == [1, 3]
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = ActivationDiversityMonitor(mi=None, every_n_epochs=2)
+    trainer = pl.Trainer(**QUIET, max_epochs=8, callbacks=[again])
+    trainer.fit(model, **loaders(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert [row["epoch"] for row in again.history] == [1, 3, 5, 7]
+    logged = trainer.validate(model, loaders()["val_dataloaders"], verbose=False)
+    assert "diversity/entropy" in logged[0]
+
+
 @pytest.mark.filterwarnings("ignore::demem.measures.TiesWarning")
 def test_ksg():
     monitor = ActivationDiversityMonitor("net.0", mi="ksg")
@@ -212,6 +227,7 @@ def test_two_processes_equal_one(tmp_path, two_processes, max_examples):
         options = two_processes if devices == 2 else dict(devices=1)
         # No learning: the processes see other training batches than one process does.
         pl.seed_everything(0, verbose=False)
+        warnings.filterwarnings("error", ".*sync_dist=True.*")  # also in the other process, which is a fork
         model = Net()
         for p in model.parameters():
             p.requires_grad_(p is model.fc.bias)

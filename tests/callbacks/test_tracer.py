@@ -1,7 +1,6 @@
 """MemorizationTracer in a Trainer."""
 
 import csv
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -246,6 +245,19 @@ def test_errors_come_before_training(tmp_path):
         _fit([MemorizationTracer(atypical="group", dirpath=str(tmp_path))])
 
 
+def test_training_batches_that_cannot_be_read_cost_only_the_ranking(tmp_path):
+    def collate(rows):
+        x, y = (torch.stack(v) for v in zip(*rows, strict=True))
+        return x, F.one_hot(y, 2).float()  # soft labels, as mixup makes them
+
+    train, val = _loaders()
+    tracer = MemorizationTracer(dirpath=str(tmp_path))
+    with pytest.warns(UserWarning, match=r"training examples are not ranked. Labels must be class indices"):
+        _trainer([tracer], epochs=1).fit(Net(), DataLoader(train.dataset, 16, collate_fn=collate), val)
+    assert tracer.memorised_examples is None
+    assert (tmp_path / "units.csv").exists()
+
+
 class Still(Net):
     """Does not learn, so that runs on other batches trace the same network."""
 
@@ -257,13 +269,12 @@ class Still(Net):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def _run(folder: str, **options) -> None:
+def _run(**options) -> None:
     pl.seed_everything(0, verbose=False)
     model = Still()
     tracer = MemorizationTracer(
         layers=["body.0", "out:input"],
         scores=["taylor", "two_step", "gradient", "activation_difference", "ablation"],
-        dirpath=folder,
         memorised=6,
     )
     trainer = _trainer([tracer], epochs=1, limit_train_batches=1, **options)
@@ -273,8 +284,8 @@ def _run(folder: str, **options) -> None:
 def test_two_processes_equal_one(tmp_path, two_processes):
     tables = []
     for devices, options in ((1, {}), (2, two_processes)):
-        folder = tmp_path / str(devices)
-        _run(str(folder), **options)
+        _run(default_root_dir=tmp_path / str(devices), **options)
+        folder = tmp_path / str(devices) / "memorization"
         with (folder / "units.csv").open() as file:
             tables.append({(r["site"], r["unit"]): r for r in csv.DictReader(file)})
     assert tables[0].keys() == tables[1].keys()
@@ -282,7 +293,7 @@ def test_two_processes_equal_one(tmp_path, two_processes):
         for column, value in row.items():
             if column not in ("site", "unit"):
                 assert float(tables[1][key][column]) == pytest.approx(float(value), rel=1e-3, abs=1e-6), (key, column)
-    assert Path(tmp_path / "2" / "units.png").exists()
+    assert (folder / "units.png").exists()
 
 
 def test_layers_that_do_not_run_and_heads_that_do_not_decide(tmp_path):

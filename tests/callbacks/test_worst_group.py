@@ -167,6 +167,85 @@ def test_groups_missing_from_the_batch():
         _trainer(callbacks=[WorstGroupMonitor()]).fit(OwnModule(), _loader(X, Y), _loader(X, Y))
 
 
+def test_groups_that_are_no_integers():
+    loader = DataLoader([(x, y, "abcd"[g]) for x, y, g in zip(X, Y, G, strict=True)], batch_size=20)
+    with pytest.raises(ValueError, match=r"integers of shape \(B,\): each is .* Tensor, tuple of str"):
+        _trainer(callbacks=[WorstGroupMonitor()]).fit(OwnModule(), loader, loader)
+
+
+@pytest.mark.parametrize("sampler", [None, WeightedRandomSampler(torch.ones(N), N)])
+def test_training_batches_that_cannot_be_read_leave_the_sizes_out(sampler):
+    def collate(rows):  # the last batch cannot be read
+        x, y, g = (torch.stack(v) for v in zip(*rows, strict=True))
+        return (x, y, g) if len(x) == 7 else (x, y, g, torch.arange(len(x)))
+
+    loader = DataLoader(TensorDataset(X, Y, G), batch_size=7, sampler=sampler, collate_fn=collate)
+    monitor = WorstGroupMonitor()
+    _trainer(callbacks=[monitor]).fit(OwnModule(), loader, _loader(X, Y, G))
+    assert len(monitor.history) == 2
+    assert not any("adjusted_avg_acc" in record for record in monitor.history)
+    with pytest.raises(TypeError, match="Cannot read"):
+        _trainer(callbacks=[WorstGroupMonitor(train=True)]).fit(OwnModule(), loader, _loader(X, Y, G))
+
+
+def test_a_training_step_that_skips_batches():
+    class Skips(OwnModule):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    model, monitor = Skips(), WorstGroupMonitor(train=True)
+    _trainer(callbacks=[monitor], max_epochs=1).fit(model, _loader(X, Y, G))
+    kept = torch.cat([torch.arange(7), torch.arange(14, N)])
+    assert monitor.history[-1]["avg_acc"] == pytest.approx(float((model(X).argmax(1) == Y)[kept].float().mean()))
+
+
+class Returns(OwnModule):
+    """``form`` makes of two logits what the validation step returns as ``preds``."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def validation_step(self, batch, batch_idx):
+        return {"preds": self.form(self.net(batch[0]))}
+
+
+def test_forms_of_preds():
+    def fit(form):
+        model = Returns(form)
+        trainer = _trainer(callbacks=[WorstGroupMonitor()], max_epochs=1)
+        trainer.fit(model, _loader(X, Y, G), _loader(X, Y, G))
+        assert float(trainer.callback_metrics["val/worst_group_acc"]) == pytest.approx(min(_truth(model)))
+
+    fit(lambda logits: logits.softmax(1))
+    fit(lambda logits: logits[:, 1:] > logits[:, :1])
+    fit(lambda logits: logits.argmax(1).float())
+    with pytest.raises(ValueError, match=r"class indices \(B,\) or scores \(B, C\)"):
+        fit(lambda logits: logits.softmax(1)[:, 1])
+
+
+@pytest.mark.parametrize("squash", [torch.sigmoid, lambda z: z])
+def test_a_forward_that_returns_the_probability_of_class_one(squash):
+    class One(OwnModule):
+        def __init__(self):
+            super().__init__()
+            self.net[2] = nn.Linear(8, 1)
+
+        def forward(self, x):
+            return squash(self.net(x)[:, 0])
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.binary_cross_entropy_with_logits(self.net(batch[0])[:, 0], batch[1].float())
+
+    model, monitor = One(), WorstGroupMonitor()
+    _trainer(callbacks=[monitor], max_epochs=3).fit(model, _loader(X, Y, G), _loader(X, Y, G))
+    right = (model.net(X)[:, 0] > 0) == Y
+    assert monitor.history[-1]["avg_acc"] == pytest.approx(float(right.float().mean()))
+
+
 def test_predictions_that_cannot_be_seen():
     with pytest.raises(RuntimeError, match="saw no predictions"):
         _trainer(callbacks=[WorstGroupMonitor()]).fit(OwnModule("blind"), _loader(X, Y, G), _loader(X, Y, G))
@@ -261,6 +340,7 @@ def test_two_processes_report_what_one_does(tmp_path, two_processes):
         torch.manual_seed(0)
         model = Classifier(nn.Linear(X.shape[1], 2), lr=0.0)
         callbacks = [WorstGroupMonitor(train=True), _Write(tmp_path / "acc.pt")]
+        warnings.filterwarnings("error", ".*sync_dist=True.*")  # also in the other processes, which are forks
         trainer = _trainer(callbacks=callbacks, max_epochs=1, **options)
         trainer.fit(model, _loader(X[:40], Y[:40], G[:40]), _loader(X[:40], Y[:40], G[:40]))
         results.append(torch.load(tmp_path / "acc.pt"))

@@ -42,7 +42,7 @@ class ActivationDiversityMonitor(pl.Callback):
         mi_bins: of the binned estimate, equally filled bins of each unit with the Miller–Madow correction.
         max_examples: most validation examples used, drawn with ``seed``.
         max_units: most units in the mutual information, drawn with ``seed``, evenly from all sites.
-        every_n_epochs: measure every so many epochs.
+        every_n_epochs: measure when so many epochs have passed since the last measurement; always outside a fit.
         seed: of both draws.
 
     Attributes:
@@ -108,7 +108,10 @@ class ActivationDiversityMonitor(pl.Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
-        if trainer.sanity_checking or trainer.current_epoch % self.every_n_epochs:
+        if trainer.sanity_checking:
+            return
+        passed = trainer.current_epoch - int(self.history[-1]["epoch"]) if self.history else 0
+        if trainer.state.fn == "fit" and 0 < passed < self.every_n_epochs:  # each validation of a measured epoch counts
             return
         self._reader = ActivationReader(self._sites(pl_module), self.reduce, optional=self.layers is None)
 
@@ -175,8 +178,7 @@ class ActivationDiversityMonitor(pl.Callback):
         self.history.append(
             {"epoch": trainer.current_epoch, "step": trainer.global_step, "num_examples": len(rows), **values}
         )
-        # Every process has computed the same values from all rows: nothing is left to reduce.
-        pl_module.log_dict(values, rank_zero_only=False, sync_dist=False, batch_size=1)
+        pl_module.log_dict(values, sync_dist=True, batch_size=1)  # equal on all processes; else Lightning warns
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()

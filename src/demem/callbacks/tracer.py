@@ -178,9 +178,10 @@ class MemorizationTracer(Callback):
         values = self.report.columns[self.scores[0]]
         rows = [[site, int(u), float(values[site][u])] for site, units in top.items() for u in units]
         self.history.append({"epoch": epoch, "score": self.scores[0], "top": sorted(rows, key=lambda r: -r[2])})
+        root = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "memorization"  # asks all processes
         if trainer.is_global_zero:
             with isolate_rng():  # the pictures go through the data set's random transforms
-                self._write(trainer, epoch)
+                self._write(trainer, Path(root), epoch)
 
     def _select(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]
@@ -252,14 +253,21 @@ class MemorizationTracer(Callback):
         centre = z.mean(0)
         model = self._network(pl_module)
         positions, kept, masked, labels = [], [], [], []
+        unread: Exception | None = None
         with ActivationReader([site]) as reader:
-            for index, batch in examples(trainer, pl_module, train_loader(trainer), "Ranking training examples"):
-                out = apply_model(model, batch.x).float()
-                impact = linear_impact(reader.pop()[site.name].float(), weight, batch.y, logits=out, centre=centre)
-                positions.append(index)
-                kept.append(impact[:, ~memorising].sum(1))
-                masked.append(impact[:, memorising].sum(1))
-                labels.append(batch.y)
+            try:
+                for index, batch in examples(trainer, pl_module, train_loader(trainer), "Ranking training examples"):
+                    out = apply_model(model, batch.x).float()
+                    impact = linear_impact(reader.pop()[site.name].float(), weight, batch.y, logits=out, centre=centre)
+                    positions.append(index)
+                    kept.append(impact[:, ~memorising].sum(1))
+                    masked.append(impact[:, memorising].sum(1))
+                    labels.append(batch.y)
+            except (TypeError, ValueError) as error:
+                unread = error
+        if not trainer.strategy.reduce_boolean_decision(unread is None):  # all processes go the same way
+            rank_zero_warn(f"The training batches cannot be read, so training examples are not ranked. {unread or ''}")
+            return None
         here = torch.cat(positions)
         sums = [gather_rows(trainer, here, torch.cat(v)) for v in (kept, masked)]
         position = gather_rows(trainer, here, here.to(labels[0].device))
@@ -288,11 +296,9 @@ class MemorizationTracer(Callback):
         z, logits, y = (gather_rows(trainer, here, whole[n]) for n in ("z", "logits", "y"))
         return here, z, logits, y, group
 
-    def _write(self, trainer: pl.Trainer, epoch: int) -> None:
+    def _write(self, trainer: pl.Trainer, folder: Path, epoch: int) -> None:
         if self.report is None:
             return
-        root = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "memorization"
-        folder = Path(root)
         if self.every_n_epochs is not None:
             folder = folder / f"epoch={epoch}"
         try:

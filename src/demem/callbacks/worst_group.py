@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subse
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.hooks import RemovableHandle
 
-from demem.batch import as_logits, unpack_batch
+from demem.batch import as_logits, form_of, unpack_batch
 from demem.callbacks._passes import examples, find_grouper, first_loader, has_positions, in_extra_pass, sampler_of
 from demem.metrics import (
     adjusted_average_accuracy_compute,
@@ -35,10 +35,12 @@ class WorstGroupMonitor(Callback):
 
     Predictions are taken from the step itself: from ``"logits"`` or ``"preds"`` in what it returns, else from what
     ``self(x)`` returned, else from what the classification head returned (where ``head`` is named, the head's first).
+    If ``self(x)`` runs more than once in a step, the last output with a row for each example counts.  A single output
+    is a logit, positive for class 1; a probability is understood only as the sigmoid of a linear head.
 
     The training sizes are the data module's ``train_group_counts`` if it has them, else they are counted over the first
     training epoch, or in one pass over the training set where a sampler may draw some examples more often than others
-    (without them ``adjusted_avg_acc`` is not logged).
+    (without them, or where training batches cannot be read, ``adjusted_avg_acc`` is not logged).
 
     Args:
         train: also report the training batches as the network saw them: augmented, in training mode, while it changes.
@@ -49,7 +51,7 @@ class WorstGroupMonitor(Callback):
         history: one dict for each report: ``stage``, ``epoch`` and the values logged.
 
     Raises:
-        ValueError: a batch has no groups, or a group or label is out of range.
+        ValueError: a batch has no groups, a group or label is out of range, or ``preds`` are no classes or scores.
         RuntimeError: no predictions were seen in a step.
     """
 
@@ -96,12 +98,17 @@ class WorstGroupMonitor(Callback):
     ) -> None:
         if not self._sizes_known:
             loader: Any = first_loader(trainer.train_dataloader)
-            group = unpack_batch(batch, pl_module, find_grouper(trainer, loader)).group
+            try:
+                group = unpack_batch(batch, pl_module, find_grouper(trainer, loader)).group
+            except (TypeError, ValueError):
+                self._miss_sizes()
+                group = None
             if group is not None and "sizes" not in self._counts and _draws_unevenly(loader):
                 self._count_data_set(trainer, pl_module, loader)
             elif group is not None:
                 self._add("sizes", torch.bincount(group))
-        if self.train:
+        skipped = pl_module.automatic_optimization and not outputs and not any(self._seen.values())
+        if self.train and not skipped:  # training_step may return None before it calls the network
             self._count("train", trainer, pl_module, outputs, batch, trainer.train_dataloader)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -212,21 +219,27 @@ class WorstGroupMonitor(Callback):
             if isinstance(outputs.get("logits"), Tensor):
                 return as_logits(outputs["logits"]).detach()
             if isinstance(outputs.get("preds"), Tensor):
-                predictions: Tensor = outputs["preds"].detach()
-                return predictions
+                return _classes_or_scores(outputs["preds"].detach())
+        module, head = self._logits("module", size), self._logits("head", size)
         # What forward returns may be an embedding, which looks like logits; who names the head knows better.
-        for place in ("module", "head") if self.head is None else ("head", "module"):
-            for output in reversed(self._seen[place]):
-                try:
-                    logits = as_logits(output)
-                except (TypeError, ValueError):
-                    continue  # e.g. the loss, when DDP sends the whole step through forward
-                if len(logits) == size:
-                    return logits.detach()
+        if head is not None and (self.head is not None or module is None or _is_sigmoid(module, head)):
+            return head
+        if module is not None:
+            return module
         raise RuntimeError(
             "WorstGroupMonitor saw no predictions in this step. Call self(x) in it and let it return the logits "
             "(B, C), return {'loss': …, 'logits': …} (or 'preds') from the step, or name the layer with head='…'."
         )
+
+    def _logits(self, place: str, size: int) -> Tensor | None:
+        for output in reversed(self._seen[place]):
+            try:
+                logits = as_logits(output)
+            except (TypeError, ValueError):
+                continue  # e.g. the loss, when DDP sends the whole step through forward
+            if len(logits) == size:
+                return logits.detach()
+        return None
 
     # Counting
 
@@ -237,8 +250,9 @@ class WorstGroupMonitor(Callback):
         _, y, group = unpack_batch(batch, pl_module, find_grouper(trainer, loader))
         if group is None:
             raise ValueError(
-                f"WorstGroupMonitor needs groups, and the {stage} batches have none. Yield (x, y, group), give the "
-                "data module a `grouper` for wilds metadata, or return the groups from `unpack_batch` of your module."
+                f"WorstGroupMonitor needs groups, and the {stage} batches have none that are integers of shape "
+                f"(B,): each is {form_of(batch)}. Yield (x, y, group), give the data module a `grouper` for wilds "
+                "metadata, or return the groups from `unpack_batch` of your module."
             )
         predictions = self._predictions(outputs, len(y))
         groups = int(group.max()) + 1 if group.numel() else 1
@@ -252,7 +266,7 @@ class WorstGroupMonitor(Callback):
         self._forget()
 
     def _add(self, name: str, counts: Tensor) -> None:
-        before = self._counts.get(name, counts.new_zeros(0))
+        before = self._counts.get(name, counts.new_zeros(0)).to(counts.device)
         size = max(len(before), len(counts))
         self._counts[name] = _pad(before, size) + _pad(counts, size)
 
@@ -266,18 +280,27 @@ class WorstGroupMonitor(Callback):
         return summed
 
     def _learn_sizes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._train_sizes = self._summed("sizes", trainer, pl_module.device).cpu()
+        sizes, missed = (self._summed(name, trainer, pl_module.device).cpu() for name in ("sizes", "missed"))
+        self._train_sizes = None if len(missed) else sizes
 
     def _finish_sizes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._learn_sizes(trainer, pl_module)
         self._sizes_known = True
         self._counts.pop("sizes", None)
+        self._counts.pop("missed", None)
+
+    def _miss_sizes(self) -> None:
+        self._add("sizes", torch.zeros(0, dtype=torch.long))  # all must sum them, also who could read its batches
+        self._add("missed", torch.ones(1, dtype=torch.long))
 
     def _count_data_set(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]) -> None:
-        with isolate_rng():
-            for _, batch in examples(trainer, pl_module, loader):
-                if batch.group is not None:
-                    self._add("sizes", torch.bincount(batch.group))
+        try:
+            with isolate_rng():
+                for _, batch in examples(trainer, pl_module, loader):
+                    if batch.group is not None:
+                        self._add("sizes", torch.bincount(batch.group))
+        except (TypeError, ValueError):
+            self._miss_sizes()
         self._finish_sizes(trainer, pl_module)
 
     def _report(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -300,11 +323,26 @@ class WorstGroupMonitor(Callback):
         present = {f"group_acc/{g}": a for g, a in enumerate(accuracy) if int(total[g])}
         if self.per_group:
             values.update(present)
-        for name, value in values.items():  # the same on every process
-            pl_module.log(f"{stage}/{name}", value.float(), prog_bar=name == "worst_group_acc", batch_size=1)
+        for name, value in values.items():  # the same on every process; without sync_dist Lightning warns
+            shown = name == "worst_group_acc"
+            pl_module.log(f"{stage}/{name}", value.float(), prog_bar=shown, batch_size=1, sync_dist=True)
         record: dict[str, float | int | str] = {"stage": stage, "epoch": int(trainer.current_epoch)}
         record.update({name: float(value) for name, value in (values | present).items()})
         self.history.append(record)
+
+
+def _classes_or_scores(preds: Tensor) -> Tensor:
+    preds = preds[:, 0] if preds.ndim == 2 and preds.shape[1] == 1 else preds
+    if preds.ndim == 1 and preds.is_floating_point() and not bool((preds == preds.round()).all()):
+        raise ValueError("'preds' must be class indices (B,) or scores (B, C), got fractional numbers (B,).")
+    return preds
+
+
+def _is_sigmoid(output: Tensor, logits: Tensor) -> bool:
+    """Whether a single output, beside a column of zeros as in :func:`as_logits`, is the sigmoid of a single logit."""
+    if output.shape != logits.shape or output.shape[1] != 2 or bool(output[:, 0].any() or logits[:, 0].any()):
+        return False
+    return torch.allclose(output[:, 1].float(), logits[:, 1].float().sigmoid(), atol=0.005)
 
 
 def _draws_unevenly(loader: Any) -> bool:
