@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from demem.batch import apply_model
+from demem.batch import Batch, apply_model
 from demem.callbacks._passes import batches_of, undisturbed
 
 RISE = 0.01  # nats: where the head is the best already, the loss stays as it is, more or less
@@ -37,8 +36,8 @@ def fine_tune(
     trainer's: with frozen statistics, in evaluation mode, a learning rate that suits batch norm in training tears a
     network apart, and Adam's steps have the same size whatever the scale of the loss.  Batch-norm statistics, the
     random state and the trainer's optimizers stay as they are; dropout is off.  Every process does the same steps; the
-    weights of the first one count.  Should the loss over all these examples be higher afterwards (by .01 nats or
-    more), or not finite, the weights are put back and a warning tells so.
+    weights of the first one count.  Should the loss on the first batch be higher afterwards (by .01 nats or more),
+    or not finite, the weights are put back and a warning tells so.
 
     Args:
         trainer, pl_module: of the run.
@@ -59,26 +58,25 @@ def fine_tune(
     before = [p.detach().clone() for p in parameters]
     generator = torch.Generator().manual_seed(seed)
 
-    def losses(orders: Iterable[Tensor]) -> Iterator[Tensor]:
-        for batch in (b for order in orders for b in batches_of(trainer, pl_module, loader, order, batch_size)):
-            yield F.cross_entropy(apply_model(model, batch.x).float(), batch.y)
-
-    @torch.no_grad()
-    def total() -> float:
-        return float(torch.stack(list(losses([positions]))).mean())
+    def loss_on(batch: Batch) -> Tensor:
+        return F.cross_entropy(apply_model(model, batch.x).float(), batch.y)
 
     with undisturbed(trainer, pl_module, grad=True), _full_precision_for_fp16(trainer):
         optimizer = torch.optim.Adam(parameters, lr)
         steps = epochs * math.ceil(len(positions) / batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        at_first = total()
-        for loss in losses(positions[torch.randperm(len(positions), generator=generator)] for _ in range(epochs)):
+        orders = [positions[torch.randperm(len(positions), generator=generator)] for _ in range(epochs)]
+        first = next(batches_of(trainer, pl_module, loader, orders[0], batch_size))
+        with torch.no_grad():
+            at_first = float(loss_on(first))
+        for batch in (b for order in orders for b in batches_of(trainer, pl_module, loader, order, batch_size)):
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss_on(batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         optimizer.zero_grad()
-        at_last = total()
+        with torch.no_grad():
+            at_last = float(loss_on(first))
     if not trainer.strategy.reduce_boolean_decision(at_last < at_first + RISE):  # the same for all processes
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
