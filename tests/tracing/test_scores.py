@@ -483,7 +483,7 @@ def test_gradient_score_takes_no_more_than_asked_for():
     expected = gradient_score(model, site, [Batch(x[:4], y[:4])], worst=None)["0"]
     torch.testing.assert_close(gradient_score(model, site, [Batch(x, y)], worst=4)["0"], expected)
     # Another process has twelve such examples, which come first.
-    ranks = Ranks(gather=lambda rows: torch.cat([rows if rows.is_floating_point() else 0 * rows, rows]))
+    ranks = Ranks(gather=lambda rows: torch.cat([rows if rows.is_floating_point() else 0 * rows, rows]), rank=1)
     torch.testing.assert_close(gradient_score(model, site, [Batch(x, y)], worst=16, ranks=ranks)["0"], expected)
 
 

@@ -348,7 +348,7 @@ def _ranks(trainer: pl.Trainer) -> Ranks:
         reduced = trainer.strategy.reduce(value.clone(), reduce_op="sum")
         return torch.as_tensor(reduced)
 
-    return Ranks(gather, total)
+    return Ranks(gather, total, trainer.global_rank)
 
 
 def _spread(atypical: Tensor, limit: int | None) -> Tensor:

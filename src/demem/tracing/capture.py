@@ -19,10 +19,12 @@ class Ranks(NamedTuple):
     Attributes:
         gather: rows ``(n, ...)`` of this process → rows of all processes, the same on each.
         total: a tensor → its sum over all processes.
+        rank: number of this process.
     """
 
     gather: Callable[[Tensor], Tensor] = lambda rows: rows
     total: Callable[[Tensor], Tensor] = lambda value: value
+    rank: int = 0
 
 
 ALONE = Ranks()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -63,8 +62,7 @@ def gradient_score(
         everywhere = ranks.gather(probability)
         among_them = torch.zeros_like(everywhere, dtype=torch.bool)
         among_them[torch.argsort(everywhere, stable=True)[:worst]] = True  # no more than that, also of equal ones
-        mark = uuid.uuid4().int >> 65  # tells this process's rows from the others'
-        chosen = chosen & among_them[ranks.gather(torch.full_like(y, mark)) == mark].to(y.device)
+        chosen = chosen & among_them[ranks.gather(torch.full_like(y, ranks.rank)) == ranks.rank].to(y.device)
     number = ranks.total(chosen.sum())
     if not int(number):
         raise ValueError("No atypical example was given.")
