@@ -74,6 +74,11 @@ def batch_size(batch: Batch) -> int:
     return int(batch.y.shape[0])
 
 
+def call_model(model: nn.Module, x: Any) -> Any:
+    """What the model gives: a mapping is passed as keyword arguments (``input_ids``, ``attention_mask`` …)."""
+    return model(**x) if isinstance(x, Mapping) else model(x)
+
+
 def apply_model(model: nn.Module, x: Any) -> Tensor:
     """Logits ``(B, C)`` of ``model`` for the inputs of a :class:`Batch`; a mapping of inputs goes in by keyword.
 
@@ -84,7 +89,7 @@ def apply_model(model: nn.Module, x: Any) -> Tensor:
         ValueError: it is not of shape ``(B, C)``.
     """
     try:
-        output = model(**x) if isinstance(x, Mapping) else model(x)
+        output = call_model(model, x)
     except (TypeError, IndexError) as error:
         raise TypeError(f"{error}. {_CONTRACT}") from error
     logits = as_logits(output)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from demem.batch import Batch, unpack_batch
+from demem.batch import Batch, call_model, unpack_batch
 from demem.measures.reservoir import reservoir_compact, reservoir_keys
 from demem.sites import ActivationReader, Reduce, default_sites, find_sites
 
@@ -48,8 +48,7 @@ def collect_activations(
     try:
         with torch.no_grad(), ActivationReader(sites, reduce, optional=layers is None) as reader:
             for raw in batches:
-                x = _inputs(raw, model, device)
-                model(**x) if isinstance(x, Mapping) else model(x)
+                call_model(model, _inputs(raw, model, device))
                 for name, rows in reader.pop().items():
                     first, seen[name] = seen[name], seen[name] + len(rows)
                     kept[name].append((reservoir_keys(torch.arange(first, seen[name]), seed), rows.cpu()))
