@@ -10,6 +10,7 @@ from rich.console import Console
 COMMANDS = {
     ("compare",): "benchmarks.compare",
     ("ceiling",): "benchmarks.ceiling",
+    ("golden",): "benchmarks.golden",
     ("papers", "measures"): "benchmarks.papers.measures",
     ("papers", "tracing"): "benchmarks.papers.tracing",
     ("speed", "measures"): "benchmarks.speed.measures",
