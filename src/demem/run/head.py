@@ -11,20 +11,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demem.batch import apply_model
-from demem.callbacks._passes import examples, held_out_loader, network, undisturbed
 from demem.linear import LinearHead
+from demem.run.loaders import held_out_loader
+from demem.run.passes import examples, undisturbed
 from demem.sites import ActivationReader, Site, named_layers
 from demem.sites.read import deciding_heads
 
 
-def check_head(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, head: nn.Linear) -> None:
-    """What is refitted must be what decides: one of two heads, or a layer that serves another loss, must not be taken.
+def model_with_head(pl_module: pl.LightningModule, head: nn.Module) -> nn.Module:
+    """What to call for logits: the module itself, or, where it has no ``forward`` of its own, the part that holds the
+    head.
 
     Raises:
-        ValueError: the logits of a held-out batch are not the head's (the message names the layer that gives them), or
-            the head is no plain linear layer.
+        ValueError: no part of the module holds the head.
     """
-    model, loader = network(pl_module, head), held_out_loader(trainer)
+    # The two Lightning packages have class trees of their own, so the module is asked by name.
+    libraries = ("pytorch_lightning", "lightning", "torch")
+    if any("forward" in vars(c) for c in type(pl_module).__mro__ if c.__module__.split(".")[0] not in libraries):
+        return pl_module
+    for child in pl_module.children():
+        if any(module is head for module in child.modules()) and child is not head:
+            return child
+    raise ValueError(f"{type(pl_module).__name__} has no forward(self, x) that returns logits; define one.")
+
+
+def check_head(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, head: nn.Linear) -> None:
+    """Refuse a head that cannot be refitted, or that is not what decides: one of two, or a layer of another loss.
+
+    Raises:
+        ValueError: the head has no bias, or a weight that is computed from others or shared with another layer; the
+            logits of a held-out batch are not the head's (the message names the layer that gives them); or the head's
+            output is not weight · x + bias.
+    """
+    _check_own_parameters(pl_module, name, head)
+    model, loader = model_with_head(pl_module, head), held_out_loader(trainer)
     layers = named_layers(model)
     with undisturbed(trainer, pl_module):
         batches = [batch.x for _, batch in islice(examples(trainer, pl_module, loader), 1)]
@@ -37,7 +57,24 @@ def check_head(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, he
         hint = f"Pass head={others[0]!r}, which does." if others else "Let forward return the logits of one head."
         raise ValueError(f"The linear layer {name!r} does not give the logits. {hint}")
     if not trainer.strategy.reduce_boolean_decision(linear):
-        raise ValueError(f"What the head {name!r} gives is not weight · x + bias, so that it cannot be refitted.")
+        raise ValueError(f"The output of the head {name!r} is not weight · x + bias, so it cannot be refitted.")
+
+
+def _check_own_parameters(pl_module: nn.Module, name: str, head: nn.Linear) -> None:
+    if head.bias is None:
+        raise ValueError(f"The head {name!r} has no bias; MemorizationRemover refits weight and bias.")
+    if "weight" not in head._parameters:
+        raise ValueError(
+            f"The weight of the head {name!r} is computed from others (pruning, weight or spectral normalisation), so "
+            "it cannot be refitted. Use a plain linear layer."
+        )
+    names = [n for n, p in pl_module.named_parameters(remove_duplicate=False) if p is head.weight or p is head.bias]
+    shared = [n for n in names if not n.startswith(f"{name}.")]
+    if shared:
+        raise ValueError(
+            f"The head {name!r} shares its parameters with {', '.join(shared)} (tied weights), so refitting it would "
+            "change that layer, too. Use a head of its own."
+        )
 
 
 def _is_linear(model: nn.Module, head: nn.Linear, x: Any) -> bool:
@@ -50,16 +87,16 @@ def _is_linear(model: nn.Module, head: nn.Linear, x: Any) -> bool:
 
 
 def read_head(head: nn.Module) -> LinearHead:
-    """Weight and bias, in float32; of a single logit, those of class 1 beside zeros."""
+    """Weight and bias in float32; a single logit becomes that of class 1 beside zeros."""
     weight: Tensor = head.weight.detach().float()  # type: ignore[operator]
     bias: Tensor = head.bias.detach().float()  # type: ignore[operator]
-    if len(bias) == 1:  # a single logit, of class 1
+    if len(bias) == 1:
         weight, bias = torch.cat([torch.zeros_like(weight), weight]), torch.cat([torch.zeros_like(bias), bias])
     return LinearHead(weight, bias)
 
 
 def write_head(head: nn.Module, fitted: LinearHead) -> None:
-    """The opposite of :func:`read_head`."""
+    """Put weight and bias in the layer; the opposite of :func:`read_head`."""
     weight, bias = fitted
     if len(head.bias) == 1:  # type: ignore[arg-type]
         weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
