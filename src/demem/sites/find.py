@@ -14,12 +14,13 @@ one part of a dotted name, ``**`` for any number of parts.  A suffix picks the s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Side = Literal["output", "input"]
 
@@ -66,6 +67,36 @@ class Site:
     def unit_axis(self, activation: Tensor) -> int:
         """The axis of ``activation`` that counts channels, as a negative index."""
         return unit_axis(self.module, activation)
+
+    def hook(self, function: Callable[[Tensor], Tensor | None], prepend: bool = False) -> RemovableHandle:
+        """Call ``function`` with the site's activation in every forward pass.
+
+        Args:
+            function: gets the tensor that the layer returns (or reads); what it returns replaces that tensor, ``None``
+                leaves it.  In a tuple, list or dict of tensors the first one is meant.
+            prepend: run before hooks that are already there, e.g. before the gates of :class:`demem.sites.Gates`.
+
+        Returns:
+            A handle whose ``remove()`` takes the hook off.
+        """
+
+        def edit(value: object) -> object:
+            result = function(first_tensor(value))
+            return None if result is None else replace_first_tensor(value, result)
+
+        return self.register(lambda module, *call: edit(call[-1]), prepend)
+
+    def register(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Register one of torch's own hooks on the site's side.
+
+        Args:
+            hook: ``(module, args, output)`` on the output side, ``(module, args)`` on the input side.  A module-level
+                function survives ``copy.deepcopy`` and pickling of the model.
+            prepend: run before hooks that are already there.
+        """
+        if self.side == "output":
+            return self.module.register_forward_hook(hook, prepend=prepend)
+        return self.module.register_forward_pre_hook(hook, prepend=prepend)
 
     def require_num_units(self) -> int:
         """``num_units``, or a :class:`ValueError` that says what to name instead."""

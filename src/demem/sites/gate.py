@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,10 +54,7 @@ class Gates:
             if name not in site.module._buffers:
                 gate = torch.ones(units * site.channels_per_unit, device=weight.device)
                 site.module.register_buffer(name, gate, persistent=False)
-                if site.side == "output":
-                    site.module.register_forward_hook(_gate_output)
-                else:
-                    site.module.register_forward_pre_hook(_gate_input)
+                site.register(_HOOK[site.side])
         _forget_compiled()
 
     def __getitem__(self, site_name: str) -> Tensor:
@@ -117,28 +114,17 @@ def bake_gates(model: nn.Module) -> nn.Module:
     """
     baked = copy.deepcopy(model)
     for module in baked.modules():
-        gate = module._buffers.pop(_BUFFER["output"], None)
-        if gate is not None:
-            module._non_persistent_buffers_set.discard(_BUFFER["output"])
-            _drop_hook(module._forward_hooks, _gate_output)
-            _scale_outputs(module, gate)
-        gate = module._buffers.pop(_BUFFER["input"], None)
-        if gate is not None:
-            module._non_persistent_buffers_set.discard(_BUFFER["input"])
-            _drop_hook(module._forward_pre_hooks, _gate_input)
-            _scale_inputs(module, gate)
+        for side, scale in (("output", _scale_outputs), ("input", _scale_inputs)):
+            gate = _remove_gate(module, side)
+            if gate is not None:
+                scale(module, gate)
     return baked
 
 
 def remove_gates(gates: Gates) -> None:
     """Take the hooks and buffers off the model again; what they hid comes back."""
     for site in gates.sites:
-        site.module._buffers.pop(_BUFFER[site.side], None)
-        site.module._non_persistent_buffers_set.discard(_BUFFER[site.side])
-        if site.side == "output":
-            _drop_hook(site.module._forward_hooks, _gate_output)
-        else:
-            _drop_hook(site.module._forward_pre_hooks, _gate_input)
+        _remove_gate(site.module, site.side)
     _forget_compiled()
 
 
@@ -155,6 +141,10 @@ def _gate_output(module: nn.Module, args: Any, output: Any) -> Any:
 
 def _gate_input(module: nn.Module, args: Any) -> Any:
     return _multiply(module, args, "input")
+
+
+# Functions of this module, not closures: a copied or pickled model keeps them, and they are found again by identity.
+_HOOK: dict[str, Callable[..., Any]] = {"output": _gate_output, "input": _gate_input}
 
 
 def _multiply(module: nn.Module, value: Any, side: str) -> Any:
@@ -193,6 +183,11 @@ def _scale_inputs(module: nn.Module, gate: Tensor) -> None:
     module.weight = nn.Parameter(scaled.detach().to(weight.dtype), weight.requires_grad)
 
 
-def _drop_hook(hooks: dict[int, Any], function: Any) -> None:
-    for key in [key for key, hook in hooks.items() if hook is function]:
+def _remove_gate(module: nn.Module, side: str) -> Tensor | None:
+    """Take buffer and hook off one side of a module; returns the gate, or ``None`` if there is none."""
+    gate = module._buffers.pop(_BUFFER[side], None)
+    module._non_persistent_buffers_set.discard(_BUFFER[side])
+    hooks: dict[int, Any] = module._forward_hooks if side == "output" else module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _HOOK[side]]:
         del hooks[key]
+    return gate

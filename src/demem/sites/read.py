@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from demem.batch import apply_model, as_logits
-from demem.sites.find import Site, check_finite, first_tensor, named_layers
+from demem.sites.find import Site, check_finite, named_layers
 
 Reduce = Literal["auto", "mean", "max", "first_token", "positions"]
 
@@ -115,11 +116,7 @@ class ActivationReader:
     def __enter__(self) -> ActivationReader:
         self._stack.enter_context(eager())
         for site in self.sites:
-            if site.side == "output":
-                handle = site.module.register_forward_hook(self._output_hook(site), prepend=self.ungated)
-            else:
-                handle = site.module.register_forward_pre_hook(self._input_hook(site), prepend=self.ungated)
-            self._handles.append(handle)
+            self._handles.append(site.hook(partial(self._store, site), prepend=self.ungated))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,18 +149,6 @@ class ActivationReader:
             x = x.clone()
         self._rows.setdefault(site.name, []).append(x)
 
-    def _output_hook(self, site: Site) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._store(site, first_tensor(output))
-
-        return hook
-
-    def _input_hook(self, site: Site) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            self._store(site, first_tensor(args))
-
-        return hook
-
 
 def deciding_heads(model: nn.Module, x: Any) -> list[str]:
     """Linear layers that give the model's logits alone, up to a positive scale and what all classes share.
@@ -181,13 +166,13 @@ def deciding_heads(model: nn.Module, x: Any) -> list[str]:
         ValueError: logits are not finite.
     """
     layers = {name: module for name, module in named_layers(model).items() if isinstance(module, nn.Linear)}
-    sites = [Site(name, layer) for name, layer in layers.items()]
-    with torch.no_grad(), ActivationReader(sites, "mean", optional=True) as reader:
+    sites = {name: Site(name, layer) for name, layer in layers.items()}
+    with torch.no_grad(), ActivationReader(list(sites.values()), "mean", optional=True) as reader:
         logits = _centred(check_finite(apply_model(model, x).float(), "the logits"))
         outputs = {name: _centred(as_logits(rows.float())) for name, rows in reader.pop().items()}
 
     def with_output(name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
-        hook = layers[name].register_forward_hook(lambda *call: change(call[-1]))
+        hook = sites[name].hook(change)
         try:
             return _centred(apply_model(model, x).float())
         finally:
