@@ -14,6 +14,7 @@ from demem.batch import Batch
 from demem.sites import find_sites
 from demem.tracing import (
     SCORES,
+    Ranks,
     ablation_impact,
     activation_difference_score,
     critical_units,
@@ -37,7 +38,6 @@ from demem.tracing import (
     unit_of_weight,
     units_to_masks,
 )
-from demem.tracing.capture import Ranks
 from demem.tracing.restart import Restart
 from demem.tracing.winograd import Conv3x3
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from demem.batch import apply_model
 from demem.callbacks._passes import examples, held_out_loader, network, undisturbed
 from demem.linear import LinearHead
-from demem.sites import ActivationReader, Site, named_layers
-from demem.sites.read import deciding_heads
+from demem.sites import ActivationReader, Site, deciding_heads, named_layers
 
 
 def check_head(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, head: nn.Linear) -> None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from demem.callbacks._passes import gather_rows
-from demem.measures import Binning, Diversity, mean_mi, measure_diversity
-from demem.measures.reservoir import reservoir_compact, reservoir_keys
+from demem.measures import Binning, Diversity, mean_mi, measure_diversity, reservoir_compact, reservoir_keys
 from demem.sites import ActivationReader, Reduce, Site, default_sites, find_sites
 
 

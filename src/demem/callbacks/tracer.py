@@ -16,14 +16,31 @@ from torch.utils.data import DataLoader
 
 from demem.batch import Batch, apply_model
 from demem.callbacks._passes import examples, gather_rows, held_out_loader, network, train_loader, undisturbed
-from demem.sites import ActivationReader, Site, check_finite, default_sites, find_head, find_sites, named_layers
-from demem.sites.read import deciding_heads
-from demem.tracing.atypical import choose_atypical
-from demem.tracing.capture import Ranks, select_rows
-from demem.tracing.linear import linear_impact, linear_score
-from demem.tracing.ranking import RankedExamples, contrast, rank_examples
-from demem.tracing.report import UnitReport, picture_grid, trace, write_examples
-from demem.tracing.scores import SCORES
+from demem.sites import (
+    ActivationReader,
+    Site,
+    check_finite,
+    deciding_heads,
+    default_sites,
+    find_head,
+    find_sites,
+    named_layers,
+)
+from demem.tracing import (
+    SCORES,
+    RankedExamples,
+    Ranks,
+    UnitReport,
+    choose_atypical,
+    contrast,
+    linear_impact,
+    linear_score,
+    picture_grid,
+    rank_examples,
+    select_rows,
+    trace,
+    write_examples,
+)
 
 
 class MemorizationTracer(Callback):

@@ -28,6 +28,7 @@ from demem.measures.mutual_information import (
     mutual_information,
     mutual_information_from_codes,
 )
+from demem.measures.plots import plot_diversity, plot_entropy, plot_history, plot_mutual_information
 from demem.measures.reservoir import reservoir_compact, reservoir_keys
 
 __all__ = [
@@ -58,6 +59,10 @@ __all__ = [
     "mixture_density",
     "mutual_information",
     "mutual_information_from_codes",
+    "plot_diversity",
+    "plot_entropy",
+    "plot_history",
+    "plot_mutual_information",
     "reservoir_compact",
     "reservoir_keys",
     "share_ranges",

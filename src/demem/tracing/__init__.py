@@ -17,7 +17,7 @@ from demem.tracing.critical import CriticalUnits, critical_units
 from demem.tracing.linear import linear_impact, linear_score
 from demem.tracing.magnitude import gradient_score, magnitude_score
 from demem.tracing.ranking import RankedExamples, average_precision, contrast, memorization_score, rank_examples
-from demem.tracing.report import UnitReport, trace
+from demem.tracing.report import UnitReport, picture_grid, trace, write_examples
 from demem.tracing.scores import (
     IMPACTS,
     SCORES,
@@ -61,6 +61,7 @@ __all__ = [
     "matched_units",
     "median_difference",
     "memorization_score",
+    "picture_grid",
     "predict",
     "prunable_weights",
     "random_units",
@@ -77,4 +78,5 @@ __all__ = [
     "unit_norms",
     "unit_of_weight",
     "units_to_masks",
+    "write_examples",
 ]
