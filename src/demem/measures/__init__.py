@@ -15,14 +15,7 @@ from demem.measures.diversity import (
     summarize,
 )
 from demem.measures.entropy import entropy, entropy_from_counts, histogram
-from demem.measures.ksg import TiesWarning, UnitReport, inspect_units, ksg_mutual_information
-from demem.measures.metrics import (
-    ActivationEntropy,
-    ActivationRange,
-    HistogramEntropy,
-    KSGMutualInformation,
-    MutualInformation,
-)
+from demem.measures.ksg import TiesWarning, UnitTies, inspect_units, ksg_mutual_information
 from demem.measures.mutual_information import (
     activation_codes,
     mutual_information,
@@ -30,6 +23,13 @@ from demem.measures.mutual_information import (
 )
 from demem.measures.plots import plot_diversity, plot_entropy, plot_history, plot_mutual_information
 from demem.measures.reservoir import reservoir_compact, reservoir_keys
+from demem.measures.streaming import (
+    ActivationEntropy,
+    ActivationRange,
+    HistogramEntropy,
+    KSGMutualInformation,
+    MutualInformation,
+)
 
 __all__ = [
     "ActivationEntropy",
@@ -42,7 +42,7 @@ __all__ = [
     "MutualInformation",
     "Summary",
     "TiesWarning",
-    "UnitReport",
+    "UnitTies",
     "Verdict",
     "activation_codes",
     "choose_units",

@@ -14,7 +14,7 @@ from demem.tracing.atypical import (
 )
 from demem.tracing.capture import Ranks, predict, read_features, select_rows
 from demem.tracing.critical import CriticalUnits, critical_units
-from demem.tracing.linear import linear_impact, linear_score
+from demem.tracing.logit_attribution import head_impact, linear_impact, linear_score
 from demem.tracing.magnitude import gradient_score, magnitude_score
 from demem.tracing.ranking import RankedExamples, average_precision, contrast, memorization_score, rank_examples
 from demem.tracing.report import UnitReport, picture_grid, trace, write_examples
@@ -22,7 +22,6 @@ from demem.tracing.scores import (
     IMPACTS,
     SCORES,
     ScoreFunction,
-    head_impact,
     impact_score,
     score_units,
     two_step_score,
