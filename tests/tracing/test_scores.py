@@ -453,7 +453,7 @@ def test_magnitude_and_unit_of_weight():
                 module.weight[owner == unit] = 0
                 torch.testing.assert_close(module(x), expected)
                 module.weight.copy_(saved)
-    with pytest.raises(ValueError, match="no weights of its own"):
+    with pytest.raises(ValueError, match="no weight of its own"):
         unit_norms(find_sites(nn.Sequential(nn.Sequential(nn.Linear(2, 2))), "0")[0], torch.ones(2))
 
 

@@ -7,6 +7,7 @@ from demem.sites.find import (
     find_head,
     find_sites,
     named_layers,
+    own_weight,
 )
 from demem.sites.gate import Gates, bake_gates, remove_gates
 from demem.sites.read import ActivationReader, Reduce, deciding_heads, eager, reduce_activation
@@ -24,6 +25,7 @@ __all__ = [
     "find_head",
     "find_sites",
     "named_layers",
+    "own_weight",
     "reduce_activation",
     "remove_gates",
 ]

@@ -128,6 +128,30 @@ def unit_axis(module: nn.Module, activation: Tensor) -> int:
     return other if activation.shape[axis] not in widths and activation.shape[other] in widths else axis
 
 
+def own_weight(site: Site) -> nn.Parameter:
+    """The weight of a site's layer, if its elements belong to the site's units and can be changed.
+
+    Raises:
+        ValueError: the layer has no such weight (blocks, activations, pools, norms without parameters, torch's
+            attention), or its weight is computed from other parameters (weight norm, spectral norm).
+    """
+    module = site.module
+    by_unit = site.num_units is not None and not isinstance(module, nn.MultiheadAttention)
+    weight = module._parameters.get("weight")  # not getattr: a parametrised layer computes that anew at every access
+    if by_unit and weight is not None:
+        return weight
+    if by_unit and isinstance(getattr(module, "weight", None), Tensor):
+        raise ValueError(
+            f"The weight of site {site.name!r} is computed from others, so it has no gradient of its own and cannot be "
+            "changed. Call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first (for the old "
+            "weight_norm and spectral_norm their own remove_ function)."
+        )
+    raise ValueError(
+        f"Site {site.name!r} ({type(module).__name__}) has no weight of its own by unit. Name convolution, linear or "
+        "norm layers for this, e.g. '**.conv2'."
+    )
+
+
 def find_sites(model: nn.Module, patterns: str | Sequence[str]) -> list[Site]:
     """Resolve patterns (see the module docstring) to sites, in the order of ``model.named_modules()``.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from demem.sites.find import Site, first_tensor, replace_first_tensor, unit_axis
+from demem.sites.find import Site, first_tensor, own_weight, replace_first_tensor, unit_axis
 
 _BUFFER = {"output": "output_gate", "input": "input_gate"}
 _BAKEABLE_OUTPUT = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
@@ -43,13 +43,7 @@ class Gates:
                     "there cannot be folded into weights. Name a convolution, linear, batch- or layer-norm layer, or "
                     "the input of a convolution or linear layer."
                 )
-            weight = site.module._parameters.get("weight")
-            if weight is None:
-                raise ValueError(
-                    f"{site.name!r} ({type(site.module).__name__}) has no weight of its own to fold a gate into: it is "
-                    "a norm without one, or the weight is computed (torch.nn.utils.parametrize."
-                    "remove_parametrizations makes it a plain one)."
-                )
+            weight = own_weight(site)  # what the gate will be folded into
             name = _BUFFER[site.side]
             if name not in site.module._buffers:
                 gate = torch.ones(units * site.channels_per_unit, device=weight.device)
