@@ -5,6 +5,7 @@ from demem.metrics.functional import (
     average_accuracy_compute,
     group_accuracy_compute,
     group_accuracy_update,
+    worst_group_accuracy,
     worst_group_accuracy_compute,
 )
 from demem.metrics.group_accuracy import (
@@ -23,5 +24,6 @@ __all__ = [
     "average_accuracy_compute",
     "group_accuracy_compute",
     "group_accuracy_update",
+    "worst_group_accuracy",
     "worst_group_accuracy_compute",
 ]

@@ -61,6 +61,24 @@ def worst_group_accuracy_compute(correct: Tensor, total: Tensor) -> Tensor:
     return present.min() if present.numel() else accuracy.new_tensor(torch.nan)
 
 
+def worst_group_accuracy(preds: Tensor, target: Tensor, group: Tensor) -> Tensor:
+    """Accuracy of the worst group of one set of examples.
+
+    Args:
+        preds: logits or probabilities ``(S, C)``, or predicted classes ``(S,)``.
+        target: class indices ``(S,)``.
+        group: group indices ``(S,)`` from 0; pass ``target`` for the worst class.
+
+    Returns:
+        A scalar, a fraction; NaN without examples.
+
+    Raises:
+        ValueError: as :func:`group_accuracy_update`.
+    """
+    num_groups = int(group.max()) + 1 if group.numel() else 1
+    return worst_group_accuracy_compute(*group_accuracy_update(preds, target, group, num_groups))
+
+
 def average_accuracy_compute(correct: Tensor, total: Tensor) -> Tensor:
     """Plain accuracy over all examples; NaN without any."""
     return correct.sum() / total.sum() if int(total.sum()) else correct.new_full((), torch.nan, dtype=torch.float)
