@@ -1,4 +1,4 @@
-"""Worst-group accuracy and its relatives: functions first, torchmetrics classes on top."""
+"""Worst-group, per-group, average and adjusted average accuracy: functions first, torchmetrics classes on top."""
 
 from demem.metrics.functional import (
     adjusted_average_accuracy_compute,
