@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from demem.batch import apply_model
-from demem.callbacks.diversity import ActivationDiversityMonitor
+from demem.callbacks import ActivationDiversityMonitor
 from demem.data import ColoredMNIST, Dominoes, GroupedDataModule, SpuriousDigits, WildsDataModule
 from demem.metrics import (
     adjusted_average_accuracy_compute,

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Features, Method, Outcome, Run
-from benchmarks.heads import fit_head, worst_accuracy
+from benchmarks.heads import fit_head
 from demem.callbacks import MemorizationRemover
 from demem.groups import Groups
 from demem.linear import LinearHead, balanced_weights, few_of_each_group
+from demem.metrics import worst_group_accuracy
 from demem.removal import TRACED, Examples, remove_in_rounds
 from demem.tracing import atypical_by_margin, linear_impact, margins
 
@@ -74,7 +75,7 @@ def rounds_on_test(trained: Features, remover: MemorizationRemover, groups: Grou
     )
     z, y, group = trained.z["test"], trained.y["test"], trained.group["test"]
     return [
-        {**asdict(record), "test_worst": worst_accuracy(r.head(z).argmax(1), y, group)}
+        {**asdict(record), "test_worst": float(worst_group_accuracy(r.head(z).argmax(1), y, group))}
         for record, r in zip(remover.rounds, rounds, strict=True)
     ]
 

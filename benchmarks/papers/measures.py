@@ -491,8 +491,7 @@ def table(summary: list[dict[str, Any]]) -> str:
 
 
 def figures(out: Path, runs: list[dict[str, Any]]) -> None:
-    from demem.measures import Diversity
-    from demem.measures.plots import plot_diversity, plot_history
+    from demem.measures import Diversity, plot_diversity, plot_history
 
     for experiment in EXPERIMENTS:
         saved = {level: out / f"{experiment.name}_{level}.pt" for level in experiment.levels}

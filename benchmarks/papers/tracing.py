@@ -28,7 +28,7 @@ from demem.batch import Batch
 from demem.data import SpuriousDigits
 from demem.linear import few_of_each_group
 from demem.module import Classifier
-from demem.removal.interventions import intervene
+from demem.removal import intervene
 from demem.sites import Site, find_head, find_sites
 from demem.tracing import (
     activation_difference_score,

@@ -157,7 +157,7 @@ def monitor(settings: argparse.Namespace) -> list[dict[str, Any]]:
     from torch.utils.data import DataLoader, TensorDataset
 
     from benchmarks.waterbirds import Tail
-    from demem.callbacks.diversity import ActivationDiversityMonitor
+    from demem.callbacks import ActivationDiversityMonitor
     from demem.module import Classifier
 
     class Clock(pl.Callback):

@@ -23,13 +23,28 @@ from demem.run import (
     train_loader,
     undisturbed,
 )
-from demem.sites import ActivationReader, Site, default_sites, find_head, find_sites, named_layers
-from demem.sites.read import deciding_heads
-from demem.tracing.atypical import choose_atypical
-from demem.tracing.linear import linear_impact, linear_score
-from demem.tracing.ranking import RankedExamples, contrast, rank_examples
-from demem.tracing.report import UnitReport, picture_grid, trace, write_examples
-from demem.tracing.scores import SCORES
+from demem.sites import (
+    ActivationReader,
+    Site,
+    deciding_heads,
+    default_sites,
+    find_head,
+    find_sites,
+    named_layers,
+)
+from demem.tracing import (
+    SCORES,
+    RankedExamples,
+    UnitReport,
+    choose_atypical,
+    contrast,
+    linear_impact,
+    linear_score,
+    picture_grid,
+    rank_examples,
+    trace,
+    write_examples,
+)
 
 
 class MemorizationTracer(Callback):

@@ -14,8 +14,7 @@ from demem.batch import apply_model
 from demem.linear import LinearHead
 from demem.run.loaders import held_out_loader
 from demem.run.passes import examples, undisturbed
-from demem.sites import ActivationReader, Site, named_layers
-from demem.sites.read import deciding_heads
+from demem.sites import ActivationReader, Site, deciding_heads, named_layers
 
 
 def model_with_head(pl_module: pl.LightningModule, head: nn.Module) -> nn.Module:
