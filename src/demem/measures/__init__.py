@@ -1,4 +1,7 @@
-"""Diversity of activations: entropy of units, mutual information of pairs (Bansal et al. 2022)."""
+"""Measure the diversity of activations: entropy of units, mutual information of pairs (Bansal et al. 2022).
+
+Activations are ``(S, N)``, one row per example and one column per unit, or ``{site: (S, N)}``.  All values are in nats.
+"""
 
 from demem.measures.binning import Activations, Binning, share_ranges, unit_ranges
 from demem.measures.collect import collect_activations
