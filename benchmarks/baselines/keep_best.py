@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Run
-from demem.callbacks.worst_group import WorstGroupMonitor
+from demem.callbacks import WorstGroupMonitor
 
 
 class KeepBest(pl.Callback):

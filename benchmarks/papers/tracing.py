@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from benchmarks.experiment import TASKS, Experiment, Settings, Task
 from benchmarks.results import append_jsonl, read_jsonl
 from demem.batch import Batch
-from demem.data import SpuriousDigits
 from demem.linear import few_of_each_group
 from demem.module import Classifier
-from demem.removal.interventions import intervene
+from demem.removal import intervene
 from demem.sites import Site, find_head, find_sites
 from demem.tracing import (
     activation_difference_score,
@@ -68,11 +67,7 @@ def _digits_vit(settings: Settings, **options: Any) -> Classifier:
     return Classifier("vit_tiny_patch16_224", in_chans=3, model_kwargs=shape, **options)
 
 
-def _digits(settings: Settings, **options: Any) -> SpuriousDigits:
-    return SpuriousDigits(**options)
-
-
-ALL_TASKS = {**TASKS, "digits_vit": Task("digits_vit", 60, _digits, _digits_vit, threads=1)}
+ALL_TASKS = {**TASKS, "digits_vit": Task("digits_vit", 60, TASKS["digits"].data, _digits_vit, threads=1)}
 
 
 class _Snapshots(pl.Callback):

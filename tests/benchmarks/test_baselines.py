@@ -8,7 +8,7 @@ from benchmarks.baselines.example_tied_dropout import ExampleTiedDropout
 from benchmarks.baselines.neuron_tune import wrong_minus_right
 from benchmarks.baselines.silent_majority import largest_gradient_channels, nt_xent, smallest_weights
 from benchmarks.baselines.training_groups import GroupDROLoss
-from benchmarks.experiment import TASKS, Experiment, Settings, judge
+from benchmarks.experiment import TASKS, Experiment, Settings, Shared, judge
 from benchmarks.heads import fit_head, halves, worst_accuracy
 from demem.batch import Batch
 from demem.linear import balanced_weights
@@ -126,7 +126,7 @@ def test_every_arm_runs_on_digits(method, monkeypatch):
     monkeypatch.setattr(jtt, "EPOCHS", (1,))
     monkeypatch.setattr(example_tied_dropout, "OWN", (0.1,))
     monkeypatch.setattr(training_groups, "WEIGHT_DECAY", (1e-4,))
-    experiment = Experiment(TASKS["digits"], _SHARED, seed=0, held_out="val", epochs=2)
+    experiment = Experiment(TASKS["digits"], Settings(), seed=0, held_out="val", epochs=2, shared=_SHARED)
     outcome = method.run(experiment)
     row = judge(outcome, experiment.data())
     assert 0 <= row["worst_group_acc"] <= row["avg_acc"] <= 1
@@ -135,4 +135,4 @@ def test_every_arm_runs_on_digits(method, monkeypatch):
     assert set(outcome.logits["train"].argmax(1).tolist()) == {0, 1}
 
 
-_SHARED = Settings()
+_SHARED = Shared()
