@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.results import append_jsonl, read_jsonl
+from benchmarks.results import HELD_OUT, append_jsonl, read_jsonl
 
 if TYPE_CHECKING:  # torch is imported after the arguments are read: --help and a misspelt option answer at once
-    from benchmarks.experiment import Method, Settings, Shared, Task
+    from benchmarks.experiment import Experiment, Method, Outcome, Settings, Shared, Task
 
 DEFAULT_METHODS = "erm,class_balanced,demem"
 EXTRAS = ("diversity", "units", "rounds")
@@ -94,7 +94,9 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks compare", description=__doc__)
     parser.add_argument(
-        "--data", default="digits", help="data sets, comma-separated, or 'all' that need no GPU (default: digits)"
+        "--data",
+        default="digits",
+        help="data sets, comma-separated; 'all' that need no GPU; my_module:make_task for your own (default: digits)",
     )
     parser.add_argument("--data-root", type=Path, help="folder with waterbirds_v1.0, MNIST, FashionMNIST")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 safetensors file (default: below --data-root)")
@@ -102,11 +104,18 @@ def _parser() -> argparse.ArgumentParser:
         "--cache", type=Path, help="folder for Waterbirds' frozen-layer outputs, 0.7 GB (default: user cache)"
     )
     parser.add_argument(
-        "--methods", default=DEFAULT_METHODS, help=f"arms, comma-separated, or 'all' (default: {DEFAULT_METHODS})"
+        "--methods",
+        default=DEFAULT_METHODS,
+        help=f"arms, comma-separated; 'all'; my_module:METHODS for your own (default: {DEFAULT_METHODS})",
     )
     parser.add_argument("--seeds", default="5", help="how many (5: seeds 0 to 4), or a list such as 0,3,7 (default: 5)")
     parser.add_argument("--epochs", type=int, help="default: the data set's own")
-    parser.add_argument("--held-out", default="val", choices=("val", "iid", "both"), help="default: val")
+    parser.add_argument(
+        "--held-out",
+        default="val",
+        help="what arms may train on beside the training set: none, iid (a slice of it), val (the validation set); "
+        "comma-separated, 'both' (val,iid) or 'all' (default: val)",
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: results/")
     parser.add_argument("--resume", action="store_true", help="keep the finished rows in --out and add the others")
     return parser
@@ -123,25 +132,46 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """
     from benchmarks.baselines import METHODS
     from benchmarks.experiment import TASKS
+    from benchmarks.own import load_methods, load_task
 
-    data = ",".join(t.name for t in TASKS.values() if not t.gpu) if options.data == "all" else options.data
-    tasks = [TASKS[name] for name in _names(data, list(TASKS), "--data", "data set")]
-    chosen = _names(options.methods, list(dict.fromkeys(m.name for m in METHODS)), "--methods", "method")
+    without_gpu = [task.name for task in TASKS.values() if not task.gpu]
+    names, own = _names(options.data, list(TASKS), "--data", "data set", {"all": without_gpu})
+    tasks = [TASKS[name] for name in names]
+    for name in own:
+        tasks.append(load_task(name, [*TASKS.values(), *tasks]))
+    known = list(dict.fromkeys(method.name for method in METHODS))
+    names, own = _names(options.methods, known, "--methods", "method", {"all": known})
+    methods = [method for method in METHODS if method.name in names]
+    for name in own:
+        methods += load_methods(name, [*METHODS, *methods])
     seeds = parse_seeds(options.seeds)
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {options.epochs}.")
-    held_out = ["val", "iid"] if options.held_out == "both" else [options.held_out]
-    return Plan(tasks, [m for m in METHODS if m.name in chosen], seeds, held_out, options.epochs)
+    several = {"all": list(HELD_OUT), "both": ["val", "iid"]}
+    held_out, _ = _names(options.held_out, list(HELD_OUT), "--held-out", "held-out source", several)
+    return Plan(tasks, methods, seeds, held_out, options.epochs)
 
 
-def _names(given: str, known: list[str], option: str, what: str) -> list[str]:
-    names = known if given == "all" else [name.strip() for name in given.split(",") if name.strip()]
+def _names(
+    given: str, known: list[str], option: str, what: str, several: dict[str, list[str]]
+) -> tuple[list[str], list[str]]:
+    """The known names in a comma-separated list, and those of the form ``module:attribute``.
+
+    Args:
+        given: the list.
+        known: names that there are.
+        option, what: for the error.
+        several: names that stand for others.
+    """
+    parts = [part.strip() for part in given.split(",") if part.strip()]
+    own = [part for part in parts if ":" in part]
+    names = [name for part in parts if part not in own for name in several.get(part, [part])]
     unknown = [name for name in names if name not in known]
-    if unknown or not names:
+    if unknown or not parts:
         raise ValueError(
             f"{option}: unknown {what} {', '.join(unknown) or '(none given)'}. There are: {', '.join(known)}."
         )
-    return names
+    return list(dict.fromkeys(names)), list(dict.fromkeys(own))
 
 
 def parse_seeds(given: str) -> list[int]:
@@ -184,7 +214,7 @@ def _run(
     with _progress(console, len(jobs)) as progress:
         for job in jobs:
             if (job.task.name, job.seed) != last:
-                shared.runs.clear()
+                shared.start_seed()
                 torch.set_num_threads(job.task.threads or threads)
                 last = (job.task.name, job.seed)
             row, extras = run_job(job, plan, progress.told(settings, str(job)), shared)
@@ -201,11 +231,7 @@ def run_job(
     task, seed, held_out, method = job
     experiment = Experiment(task, settings, seed, held_out, plan.epochs, seed == plan.seeds[0], shared)
     data = experiment.data()
-    # A shared ERM run is part of what each arm on top of it costs.
-    earlier = shared.runs.get(experiment.erm_key) if method.uses_erm else None
-    start = time.perf_counter()
-    outcome = method.run(experiment)
-    seconds = time.perf_counter() - start + (0.0 if earlier is None else earlier.seconds)
+    outcome, seconds = _outcome(method, experiment)
     row = {
         **job.identity,
         **judge(outcome, data),
@@ -217,12 +243,36 @@ def run_job(
     return row, outcome.extras
 
 
+def _outcome(method: Method, experiment: Experiment) -> tuple[Outcome, float]:
+    """What the arm hands back, and the seconds that this took."""
+    from benchmarks.experiment import Outcome
+
+    shared, name = experiment.shared, (method.name, method.tier)
+    same_on_both = {"none", "val"} <= set(method.held_out) and experiment.held_out != "iid"
+    if same_on_both and name in shared.outcomes:
+        return shared.outcomes[name]
+    # A shared ERM run is part of what each arm on top of it costs.
+    earlier = shared.runs.get(experiment.erm_key) if method.uses_erm else None
+    start = time.perf_counter()
+    outcome = method.run(experiment)
+    if not isinstance(outcome, Outcome):
+        raise ValueError(
+            f"The arm {method.label} must return a benchmarks.experiment.Outcome, got {type(outcome).__name__}."
+        )
+    seconds = time.perf_counter() - start + (0.0 if earlier is None else earlier.seconds)
+    if same_on_both:
+        shared.outcomes[name] = outcome, seconds
+    return outcome, seconds
+
+
 def _choices(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
     """What an expensive arm chose on its first seed, which holds after a resume too."""
+    from benchmarks.experiment import selected_on
+
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
         if "tuned" in row.get("config", {}):
-            found.setdefault((row["data"], row["method"], row["held_out"]), row["config"]["tuned"])
+            found.setdefault((row["data"], row["method"], selected_on(row["held_out"])), row["config"]["tuned"])
     return found
 
 

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from benchmarks.results import HELD_OUT
 from demem.batch import apply_model
 from demem.callbacks import ActivationDiversityMonitor
 from demem.data import ColoredMNIST, Dominoes, GroupedDataModule, SpuriousDigits, WildsDataModule
@@ -53,18 +54,32 @@ class Settings:
         return self.data_root
 
 
+def selected_on(held_out: str) -> str:
+    """What the validation loader reads: ``"iid"`` or ``"val"``.  With the held-out source ``none`` it is the validation
+    set, whose labels then select and train nothing; the training set is the whole one, as with ``val``."""
+    return "iid" if held_out == "iid" else "val"
+
+
 @dataclass
 class Shared:
     """What the experiments of one comparison leave for each other.
 
     Attributes:
-        choices: hyper-parameters that an arm chose on its first seed, by (data, arm, held-out source); later seeds keep
-            them.
-        runs: ERM networks by (data, seed, held-out source, epochs), so that arms that only refit a head share one.
+        choices: hyper-parameters that an arm chose on its first seed, by (data, arm, :func:`selected_on`); later seeds
+            keep them.
+        runs: ERM networks by :attr:`Experiment.erm_key`, so that arms that only refit a head share one.
+        outcomes: of this seed's arms that train on no held-out label, with their seconds, by (arm, tier): their rows on
+            ``none`` and ``val`` are of one run.
     """
 
     choices: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     runs: dict[tuple[str, int, str, int], Run] = field(default_factory=dict)
+    outcomes: dict[tuple[str, str], tuple[Outcome, float]] = field(default_factory=dict)
+
+    def start_seed(self) -> None:
+        """Forget the networks of the seed before; what was chosen is kept."""
+        self.runs.clear()
+        self.outcomes.clear()
 
 
 @dataclass(frozen=True)
@@ -182,11 +197,12 @@ class Method:
     """One arm.
 
     Attributes:
-        name: in the table and in ``results.jsonl``; arms of other tiers may share it.
+        name: in the table and in ``results.jsonl``; arms of other tiers or held-out sources may share it.
         tier: group labels seen: T0 none … T3 training groups.
         selection: how hyper-parameters and epoch are chosen, in a few words.
         run: the arm itself.
-        held_out: the held-out sources that it can use.
+        held_out: the held-out sources (:data:`HELD_OUT`) that it has a row on.  One that lists ``none`` beside ``val``
+            trains on no held-out label, so that both rows are of the same run.
         uses_erm: whether it starts from the shared ERM run, whose time then counts as its own.
         grid: what is tuned, for the reader.
     """
@@ -222,7 +238,7 @@ class Experiment:
         task: the data set, its network and its schedule.
         settings: where files are, and whom to tell about progress.
         seed: of everything random.
-        held_out: held-out source.
+        held_out: held-out source, one of :data:`HELD_OUT`.
         epochs: default those of the task.
         watched: record what the figures need.
         shared: what the other experiments of the comparison left; default nothing.
@@ -238,6 +254,8 @@ class Experiment:
         watched: bool = False,
         shared: Shared | None = None,
     ) -> None:
+        if held_out not in HELD_OUT:
+            raise ValueError(f"held_out must be one of {', '.join(HELD_OUT)}, got {held_out!r}.")
         self.task, self.settings, self.seed, self.held_out = task, settings, seed, held_out
         self.epochs = epochs or task.epochs
         self.watched = watched
@@ -249,14 +267,23 @@ class Experiment:
 
     def data(self, **options: Any) -> GroupedDataModule:
         """A fresh data module."""
-        data = self.task.data(self.settings, **{"seed": self.seed, "held_out": self.held_out, **options})
+        data = self.task.data(self.settings, **{"seed": self.seed, "held_out": selected_on(self.held_out), **options})
+        if not isinstance(data, GroupedDataModule):
+            raise ValueError(
+                f"The data of {self.task.name} must be a demem.data.GroupedDataModule, got {type(data).__name__}."
+            )
         data.setup()
         return data
 
     def module(self, **options: Any) -> Classifier:
         """A freshly initialised network."""
         pl.seed_everything(self.seed, verbose=False)
-        return self.task.module(self.settings, **options)
+        module = self.task.module(self.settings, **options)
+        if not isinstance(module, Classifier):
+            raise ValueError(
+                f"The network of {self.task.name} must be a demem.module.Classifier, got {type(module).__name__}."
+            )
+        return module
 
     def fit(
         self,
@@ -308,11 +335,11 @@ class Experiment:
     @property
     def erm_key(self) -> tuple[str, int, str, int]:
         """What the ERM run of this experiment is kept under (:class:`Shared`)."""
-        return self.task.name, self.seed, self.held_out, self.epochs
+        return self.task.name, self.seed, selected_on(self.held_out), self.epochs
 
     def choose(self, arm: str, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Hyper-parameters of an expensive arm, tuned on the first seed of the run and kept for the others."""
-        key = (self.task.name, arm, self.held_out)
+        key = (self.task.name, arm, selected_on(self.held_out))
         if key not in self.shared.choices:
             self.shared.choices[key] = choose()
         return self.shared.choices[key]
@@ -320,6 +347,9 @@ class Experiment:
 
 def judge(outcome: Outcome, data: GroupedDataModule) -> dict[str, Any]:
     """The accuracies of a row, on the test set and, by group, on the training set."""
+    missing = [split for split in ("train", "test") if split not in outcome.logits]
+    if missing:
+        raise ValueError(f"The outcome has no logits of the split {' and '.join(missing)}.")
     groups, sizes = data.num_groups, data.train_group_counts
     sets = {"train": data.train_eval_dataset, "test": data.test_dataset}
     counts = {
