@@ -266,13 +266,16 @@ def _outcome(method: Method, experiment: Experiment) -> tuple[Outcome, float]:
 
 
 def _choices(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """What an expensive arm chose on its first seed, which holds after a resume too."""
+    """What an expensive arm chose on its first seed, which holds after a resume too: the choice ``arm`` is ``tuned`` in
+    the configuration of its row, the choice ``arm_part`` is ``tuned_part``."""
     from benchmarks.experiment import selected_on
 
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
-        if "tuned" in row.get("config", {}):
-            found.setdefault((row["data"], row["method"], selected_on(row["held_out"])), row["config"]["tuned"])
+        for key, chosen in row.get("config", {}).items():
+            if key == "tuned" or key.startswith("tuned_"):
+                arm = row["method"] + key.removeprefix("tuned")
+                found.setdefault((row["data"], arm, selected_on(row["held_out"])), chosen)
     return found
 
 

@@ -162,14 +162,14 @@ def find_groups(experiment: Experiment) -> tuple[Tensor, Tensor, dict[str, Any]]
         trained.update({rate: _train(experiment, rate) for rate in RATES})
         return {"rate": max(RATES, key=lambda rate: trained[rate][1])}
 
-    rate = experiment.choose("xrm", choose)["rate"]
-    twins, flip_rate = trained.get(rate) or _train(experiment, rate)
+    tuned = experiment.choose("xrm_dro_twins", choose)
+    twins, flip_rate = trained.get(tuned["rate"]) or _train(experiment, tuned["rate"])
     data, groups = experiment.data(), []
     sides = ((data.train_eval_dataset, data.train_eval_dataloader()), (data.val_dataset, data.val_dataloader()))
     for rows, loader in sides:
         assert rows is not None  # set up by the experiment
         groups.append(2 * rows.y + cross_mistakes(twins.model, loader, rows.y).long())
-    found = {"rate": rate, "flip_rate": flip_rate, "groups": torch.bincount(groups[0]).tolist()}
+    found = {"tuned_twins": tuned, "flip_rate": flip_rate, "groups": torch.bincount(groups[0]).tolist()}
     return groups[0], groups[1], found
 
 
@@ -181,7 +181,7 @@ def xrm_dro(experiment: Experiment) -> Outcome:
         return with_groups(rows, train, held_out, 2 * rows.num_classes)
 
     outcome = fit_group_dro(experiment, "xrm_dro", data)
-    outcome.config["xrm"] = found
+    outcome.config.update(found)
     return outcome
 
 

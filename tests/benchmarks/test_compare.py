@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.__main__ import main as entry
-from benchmarks.compare import Plan, _parser, main, make_plan, run_job
+from benchmarks.compare import Plan, _choices, _parser, main, make_plan, run_job
 from benchmarks.experiment import HELD_OUT, TASKS, Experiment, Method, Outcome, Settings, Shared
 from benchmarks.report import paired, summarise, write_report
 from benchmarks.results import append_jsonl, read_jsonl
@@ -210,6 +210,17 @@ def test_choices_hold_for_later_seeds_and_are_shared_by_none_and_val():
     shared.start_seed()
     assert later.choose("arm", lambda: {"lr": 2}) == {"lr": 1}
     assert iid.choose("arm", lambda: {"lr": 3}) == {"lr": 3}
+
+
+def test_choices_hold_after_a_resume():
+    rows = [
+        _row("xrm_dro", 0, 0.5, held_out="none", config={"tuned": {"lr": 1}, "tuned_twins": {"rate": 2}, "epoch": 3})
+    ]
+    rows += [_row("xrm_dro", 1, 0.5, config={"tuned": {"lr": 4}}), _row("erm", 0, 0.5)]
+    assert _choices(rows) == {
+        ("digits", "xrm_dro", "val"): {"lr": 1},
+        ("digits", "xrm_dro_twins", "val"): {"rate": 2},
+    }
 
 
 def test_an_arm_that_hands_back_something_else_is_named():
