@@ -55,12 +55,21 @@ class GroupDROLoss:
         return (q * means).sum()
 
 
-def fit_group_dro(experiment: Experiment, arm: str, data: Callable[[], GroupedDataModule]) -> Outcome:
-    """GroupDRO over the grid, with the groups of the training and validation sets that ``data`` makes."""
+def fit_group_dro(
+    experiment: Experiment, arm: str, data: Callable[[], GroupedDataModule], num_groups: int | None = None
+) -> Outcome:
+    """GroupDRO over the grid, with the groups of the training and validation sets that ``data`` makes.
+
+    Args:
+        experiment: of the row.
+        arm: its name, for what is chosen on the first seed.
+        data: makes a fresh data module with group-balanced sampling.
+        num_groups: of its training set; default those of the data module.
+    """
 
     def fit(point: dict[str, Any]) -> tuple[Run, KeepBest]:
         rows, module = data(), experiment.module(**point)
-        module.loss = GroupDROLoss(rows.num_groups)  # type: ignore[method-assign]
+        module.loss = GroupDROLoss(num_groups or rows.num_groups)  # type: ignore[method-assign]
         return fit_best(experiment, "val/worst_group_acc", data=rows, module=module)
 
     run, best, tuned = fit_tuned(experiment, arm, GRID, fit)

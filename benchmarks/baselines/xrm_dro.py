@@ -175,12 +175,10 @@ def find_groups(experiment: Experiment) -> tuple[Tensor, Tensor, dict[str, Any]]
 
 def xrm_dro(experiment: Experiment) -> Outcome:
     train, held_out, found = find_groups(experiment)
-
-    def data() -> GroupedDataModule:
-        rows = experiment.data()
-        return with_groups(rows, train, held_out, 2 * rows.num_classes)
-
-    outcome = fit_group_dro(experiment, "xrm_dro", data)
+    num_groups = 2 * experiment.data().num_classes
+    outcome = fit_group_dro(
+        experiment, "xrm_dro", lambda: with_groups(experiment.data(), train, held_out, num_groups), num_groups
+    )
     outcome.config.update(found)
     return outcome
 
