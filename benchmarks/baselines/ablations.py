@@ -28,8 +28,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 def _ablated(experiment: Experiment, options: dict[str, Any]) -> Outcome:
     remover = MemorizationRemover(seed=experiment.seed, **options)
     run = experiment.fit(callbacks=[remover])
-    chosen = next(r for r in remover.rounds if r["chosen"])
-    return Outcome(run.logits, {"masked_share": chosen["share"], "refit": chosen["refit"], "probe": remover.probe})
+    chosen = next(r for r in remover.rounds if r.chosen)
+    config = {"masked_share": chosen.share, "refit": chosen.refit, "fine_tuned_on": remover.fine_tuned_on}
+    return Outcome(run.logits, config)
 
 
 METHODS = [

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Features, Method, Outcome, Run
-from benchmarks.heads import worst_accuracy
 from demem.data import GroupedDataModule
 from demem.linear import balanced_weights
+from demem.metrics import worst_group_accuracy
 
 GAMMA = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0)
 PULL = (0.0, 0.1, 0.3)
@@ -63,7 +63,7 @@ def _descend(
         if step % LOOK_EVERY == 0:
             with torch.no_grad():
                 predicted = (validation.z["val"] @ weight.T + bias).argmax(1)
-            score = worst_accuracy(predicted, validation.y["val"], validation.group["val"])
+            score = float(worst_group_accuracy(predicted, validation.y["val"], validation.group["val"]))
             if score > best[0]:
                 best = (score, (weight.detach().clone(), bias.detach().clone()), step)
         distance = (weight - features.weight).square().sum() + (bias - features.bias).square().sum()

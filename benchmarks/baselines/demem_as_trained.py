@@ -16,10 +16,9 @@ def as_trained(experiment: Experiment) -> Outcome:
     remover, before = MemorizationRemover(seed=experiment.seed), _BeforeRemoval()
     run = experiment.fit(callbacks=[before, remover, *experiment.watch()])
     run.module.load_state_dict(before.state)
-    features = Run(run.module, run.data, run.seconds).features  # what the head reads before any gate
-    outcome = features.outcome((features.weight, features.bias), {"probe": remover.probe})
-    outcome.extras = run.extras()
-    return outcome
+    assert remover.groups is not None  # inferred before the first step
+    config = {"shortcut": remover.groups.shortcut, "groups": remover.groups.sizes}
+    return Outcome(Run(run.module, run.data, run.seconds).logits, config, run.extras())
 
 
 METHODS = [

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.experiment import SPLITS, Experiment, Method, Outcome
-from benchmarks.heads import halves, worst_accuracy
+from benchmarks.heads import halves
 from demem.linear import few_of_each_group
+from demem.metrics import worst_group_accuracy
 
 MEMBERS, SHARPNESS, STEPS, RATE = 15, 20.0, 100, 0.01
 DIVERSITY = (0.1, 1.0, 10.0)
@@ -96,7 +97,7 @@ def _dpe(experiment: Experiment, use_groups: bool) -> Outcome:
 
     def score(diversity: float) -> float:
         members = fit_members(z[first], y[first], key[first], classes, diversity, seed)
-        return worst_accuracy(log_mean_probability(members, z[second]).argmax(1), y[second], key[second])
+        return float(worst_group_accuracy(log_mean_probability(members, z[second]), y[second], key[second]))
 
     diversity = max(DIVERSITY, key=score)
     members = fit_members(z, y, key, classes, diversity, seed)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines.indexed import Indexed
 from benchmarks.experiment import HELD_OUT, Experiment, Method, Outcome, Run
-from benchmarks.heads import worst_accuracy
+from demem.metrics import worst_group_accuracy
 from demem.module import Classifier
 from demem.sites import find_head
 
@@ -69,7 +69,7 @@ def example_tied_dropout(experiment: Experiment) -> Outcome:
             ExampleTiedDropout(module, len(data.train_dataset), general, own, experiment.seed)
             run = experiment.fit(module, data)
             y = data.val_dataset.y  # type: ignore[union-attr]
-            runs[general, own] = (run, worst_accuracy(run.logits["val"].argmax(1), y, y))
+            runs[general, own] = (run, float(worst_group_accuracy(run.logits["val"].argmax(1), y, y)))
         return runs[general, own]
 
     def choose() -> dict[str, Any]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Features, Method, Outcome
-from benchmarks.heads import fit_head, halves, worst_accuracy
+from benchmarks.heads import fit_head, halves
 from demem.linear import balanced_weights
+from demem.metrics import worst_group_accuracy
 
 L2 = (0.03, 0.1, 0.3, 1.0, 3.0)
 C = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
@@ -41,7 +42,7 @@ def _weighted(experiment: Experiment, features: Features, key: Tensor) -> Outcom
 
     def score(l2: float) -> float:
         weight, bias = fit_head(z[first], y[first], balanced_weights(key[first]), l2, classes)
-        return worst_accuracy((z[second] @ weight.T + bias).argmax(1), y[second], key[second])
+        return float(worst_group_accuracy((z[second] @ weight.T + bias).argmax(1), y[second], key[second]))
 
     l2 = max(L2, key=score)
     return features.outcome(
@@ -58,7 +59,7 @@ def dfr(experiment: Experiment) -> Outcome:
 
     def score(c: float) -> float:
         weight, bias = _l1_head(z[subset], y[subset], c)
-        return worst_accuracy((z[second] @ weight.T + bias).argmax(1), y[second], group[second])
+        return float(worst_group_accuracy((z[second] @ weight.T + bias).argmax(1), y[second], group[second]))
 
     c = max(C, key=score)
     heads = []

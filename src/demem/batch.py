@@ -66,7 +66,7 @@ def unpack_batch(
     if len(parts) not in (2, 3) or not isinstance(parts[1], Tensor):
         raise TypeError(_unreadable(batch))
     x, y, extra = (*parts, None)[:3]
-    return Batch(x, _check_labels(y), _to_group(extra, len(y), grouper))
+    return Batch(x, _class_indices(y), _to_group(extra, len(y), grouper))
 
 
 def batch_size(batch: Batch) -> int:
@@ -149,7 +149,7 @@ def _parameters(module: nn.Module) -> list[str]:
     return next((_parameters(child) for child in module.children() if any(True for _ in child.parameters())), [])
 
 
-def _check_labels(y: Tensor) -> Tensor:
+def _class_indices(y: Tensor) -> Tensor:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from demem.callbacks.tracer import MemorizationTracer
+from demem.callbacks import MemorizationTracer
 from demem.data import SpuriousDigits
 from demem.module import Classifier
 

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
-from demem.callbacks import MemorizationRemover
-from demem.callbacks.worst_group import WorstGroupMonitor
+from demem.callbacks import MemorizationRemover, WorstGroupMonitor
 from demem.data import GroupedDataModule
 from demem.module import Classifier
 

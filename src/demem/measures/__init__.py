@@ -15,20 +15,21 @@ from demem.measures.diversity import (
     summarize,
 )
 from demem.measures.entropy import entropy, entropy_from_counts, histogram
-from demem.measures.ksg import TiesWarning, UnitReport, inspect_units, ksg_mutual_information
-from demem.measures.metrics import (
+from demem.measures.ksg import TiesWarning, UnitTies, inspect_units, ksg_mutual_information
+from demem.measures.mutual_information import (
+    activation_codes,
+    mutual_information,
+    mutual_information_from_codes,
+)
+from demem.measures.plots import plot_diversity, plot_entropy, plot_history, plot_mutual_information
+from demem.measures.reservoir import reservoir_compact, reservoir_keys
+from demem.measures.streaming import (
     ActivationEntropy,
     ActivationRange,
     HistogramEntropy,
     KSGMutualInformation,
     MutualInformation,
 )
-from demem.measures.mutual_information import (
-    activation_codes,
-    mutual_information,
-    mutual_information_from_codes,
-)
-from demem.measures.reservoir import reservoir_compact, reservoir_keys
 
 __all__ = [
     "ActivationEntropy",
@@ -41,7 +42,7 @@ __all__ = [
     "MutualInformation",
     "Summary",
     "TiesWarning",
-    "UnitReport",
+    "UnitTies",
     "Verdict",
     "activation_codes",
     "choose_units",
@@ -58,6 +59,10 @@ __all__ = [
     "mixture_density",
     "mutual_information",
     "mutual_information_from_codes",
+    "plot_diversity",
+    "plot_entropy",
+    "plot_history",
+    "plot_mutual_information",
     "reservoir_compact",
     "reservoir_keys",
     "share_ranges",

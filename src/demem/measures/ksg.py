@@ -26,7 +26,7 @@ class TiesWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class UnitReport:
+class UnitTies:
     """Which units cannot be trusted to a nearest-neighbour estimate.
 
     Attributes:
@@ -38,13 +38,13 @@ class UnitReport:
     tied: Tensor
 
 
-def inspect_units(activations: Activations) -> UnitReport:
+def inspect_units(activations: Activations) -> UnitTies:
     """Find dead units and repeated values (a ReLU's zeros, half precision) in ``(S, N)`` or ``{site: (S, N)}``."""
     values = side_by_side(as_sites(activations)).float().T.contiguous().sort(1).values
     same = values[:, 1:] == values[:, :-1]
     no = same.new_zeros(len(values), 1)
     tied = torch.cat([no, same], 1) | torch.cat([same, no], 1)
-    return UnitReport(dead=values[:, 0] == values[:, -1], tied=tied.double().mean(1))
+    return UnitTies(dead=values[:, 0] == values[:, -1], tied=tied.double().mean(1))
 
 
 def ksg_mutual_information(activations: Activations, k: int = 3, clip: bool = True) -> Tensor:

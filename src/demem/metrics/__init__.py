@@ -1,10 +1,11 @@
-"""Worst-group accuracy and its relatives: functions first, torchmetrics classes on top."""
+"""Worst-group, per-group, average and adjusted average accuracy: functions first, torchmetrics classes on top."""
 
 from demem.metrics.functional import (
     adjusted_average_accuracy_compute,
     average_accuracy_compute,
     group_accuracy_compute,
     group_accuracy_update,
+    worst_group_accuracy,
     worst_group_accuracy_compute,
 )
 from demem.metrics.group_accuracy import (
@@ -23,5 +24,6 @@ __all__ = [
     "average_accuracy_compute",
     "group_accuracy_compute",
     "group_accuracy_update",
+    "worst_group_accuracy",
     "worst_group_accuracy_compute",
 ]

@@ -1,4 +1,4 @@
-"""The functions of :mod:`demem.metrics.functional` as torchmetrics: counts are summed over batches and processes."""
+"""The functions of :mod:`demem.metrics` as torchmetrics, which sum the counts over batches and processes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,21 @@ from demem.metrics.functional import (
 class GroupAccuracy(Metric):
     """Accuracy of each group ``(G,)``, NaN for groups without examples.
 
-    Right under DDP: processes sum their counts, then divide (a mean of per-process accuracies would be wrong).
+    Processes sum their counts and divide once, because a mean of per-process accuracies would weight groups wrongly.
 
     Args:
-        num_groups: number of groups.
+        num_groups: number of groups G.
         kwargs: passed on to :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: ``num_groups`` is below 1; on update, see :func:`~demem.metrics.group_accuracy_update`.
+
+    Example:
+        >>> metric = GroupAccuracy(num_groups=2)
+        >>> metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+        >>> metric.update(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+        >>> metric.compute()
+        tensor([1.0000, 0.5000])
     """
 
     is_differentiable = False
@@ -53,26 +60,36 @@ class GroupAccuracy(Metric):
         self.total += total
 
     def compute(self) -> Tensor:
-        """The value over everything counted since the last reset, all processes together."""
+        """Compute the metric over all batches since the last reset, and over all processes."""
         return group_accuracy_compute(self.correct, self.total)
 
 
 class WorstGroupAccuracy(GroupAccuracy):
-    """Accuracy of the worst group that has examples (a scalar); multiclass, see :class:`GroupAccuracy`."""
+    """Accuracy of the worst group that has examples (a scalar); see :class:`GroupAccuracy`.
+
+    Example:
+        >>> metric = WorstGroupAccuracy(num_groups=3)  # no example of group 2
+        >>> metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), torch.tensor([0, 1, 1]))
+        >>> metric.compute()
+        tensor(0.5000)
+    """
 
     def compute(self) -> Tensor:
         return worst_group_accuracy_compute(self.correct, self.total)
 
 
 class AverageAccuracy(GroupAccuracy):
-    """Plain accuracy (a scalar) from the same counts as :class:`GroupAccuracy`."""
+    """Accuracy over all examples (a scalar), from the same counts as :class:`GroupAccuracy`."""
 
     def compute(self) -> Tensor:
         return average_accuracy_compute(self.correct, self.total)
 
 
 class AdjustedAverageAccuracy(GroupAccuracy):
-    """Mean of the groups' accuracies weighted by ``weights``, usually the groups' training sizes (a scalar)."""
+    """Mean of the groups' accuracies weighted by ``weights``, usually the groups' training sizes (a scalar).
+
+    See :func:`~demem.metrics.adjusted_average_accuracy_compute` (Sagawa et al. 2020).
+    """
 
     weights: Tensor
 

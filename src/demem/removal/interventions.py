@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from demem.sites import Site
-from demem.tracing.weights import unit_of_weight
+from demem.tracing import unit_of_weight
 
 Intervention = Literal["zero", "mean", "noise", "reinitialise", "rewind"]
 Units = Mapping[str, "Tensor | Sequence[int]"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,6 @@ from torch.nn import functional as F
 
 from demem.batch import Batch, apply_model
 from demem.sites import Site
-from demem.sites.find import first_tensor, replace_first_tensor
 from demem.tracing.atypical import margins
 from demem.tracing.capture import ALONE, Ranks, evaluating
 from demem.tracing.restart import CannotRestart, Restart
@@ -116,24 +116,20 @@ class set_unit:
         self._handle: Any = None
 
     def __enter__(self) -> None:
-        site = self.site
-        if site.side == "output":
-            self._handle = site.module.register_forward_hook(lambda m, args, out: self._edit(out))
-        else:
-            self._handle = site.module.register_forward_pre_hook(lambda m, args: self._edit(args))
+        self._handle = self.site.hook(self._edit)
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
 
-    def _edit(self, value: Any) -> Any:
-        tensor = first_tensor(value).clone()
+    def _edit(self, activation: Tensor) -> Tensor:
+        tensor = activation.clone()
         axis, k = self.site.unit_axis(tensor), self.site.channels_per_unit
         part = tensor.narrow(axis, self.unit * k, k)
         if self.value is None:
             part.zero_()
         else:
             part.copy_(self.value.to(part).view(-1, *[1] * (-1 - axis)).expand_as(part))
-        return replace_first_tensor(value, tensor)
+        return tensor
 
 
 def _effect(effect: Effect, before: Tensor, after: Tensor, y: Tensor) -> Tensor:
@@ -179,8 +175,7 @@ def _channel_means(
     counts: dict[str, int] = {}
     ran: set[str] = set()
 
-    def note(site: Site, value: Any) -> None:
-        tensor = first_tensor(value)
+    def note(site: Site, tensor: Tensor) -> None:
         axis = site.unit_axis(tensor) % tensor.ndim
         ran.add(site.name)
         sums[site.name] = sums.get(site.name, 0) + tensor.sum(
@@ -188,12 +183,7 @@ def _channel_means(
         )
         counts[site.name] = counts.get(site.name, 0) + tensor.numel() // tensor.shape[axis]
 
-    handles = [
-        s.module.register_forward_hook(lambda m, a, out, s=s: note(s, out))
-        if s.side == "output"
-        else s.module.register_forward_pre_hook(lambda m, a, s=s: note(s, a))
-        for s in sites
-    ]
+    handles = [site.hook(partial(note, site)) for site in sites]
     try:
         for batch in batches:
             apply_model(model, batch.x)

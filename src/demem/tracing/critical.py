@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from demem.batch import Batch, apply_model
 from demem.sites import Site
-from demem.sites.find import first_tensor, replace_first_tensor
 from demem.tracing.capture import evaluating, select_rows
 
 
@@ -97,16 +98,10 @@ class _ExampleGates:
         self._removed: dict[str, list[tuple[Tensor, Tensor]]] = {s.name: [] for s in sites}
         self._gates: dict[str, Tensor] = {}
         self._active = torch.empty(0)
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        for site in self.sites:
-            if site.side == "output":
-                hook: Any = lambda m, args, out, s=site: self._gate(s, out)  # noqa: E731
-                self._handles.append(site.module.register_forward_hook(hook))
-            else:
-                hook = lambda m, args, s=site: self._gate(s, args)  # noqa: E731
-                self._handles.append(site.module.register_forward_pre_hook(hook))
+        self._handles += [site.hook(partial(self._gate, site)) for site in self.sites]
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -116,8 +111,7 @@ class _ExampleGates:
         self._active = active
         self._gates = {}
 
-    def _gate(self, site: Site, value: Any) -> Any:
-        tensor = first_tensor(value)
+    def _gate(self, site: Site, tensor: Tensor) -> Tensor:
         axis = site.unit_axis(tensor)
         units = tensor.shape[axis] // site.channels_per_unit
         gate = self._gates.get(site.name)
@@ -135,7 +129,7 @@ class _ExampleGates:
         shape = [1] * tensor.ndim
         shape[0], shape[axis] = len(self._active), tensor.shape[axis]
         factor = site.examples_first(wide.to(tensor.dtype).view(shape))  # and back: it swaps the first two axes
-        return replace_first_tensor(value, tensor * factor)
+        return tensor * factor
 
     def rise(self) -> Tensor:
         """``(A, all units)``: first-order rise of the loss if the unit goes too; −∞ for units that are gone."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from demem.batch import Batch, apply_model
-from demem.sites import Site
+from demem.sites import Site, own_weight
 from demem.tracing.capture import ALONE, Ranks, evaluating, predict, select_rows
-from demem.tracing.weights import own_weight, unit_norms
+from demem.tracing.weights import unit_norms
 
 
 def magnitude_score(

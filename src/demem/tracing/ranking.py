@@ -15,7 +15,7 @@ def memorization_score(impact: Tensor | Mapping[str, Tensor], memorising: Tensor
     .. math:: r_s = \frac{K_s - \bar K}{\operatorname{sd}(K)} - \frac{M_s - \bar M}{\operatorname{sd}(M)}
 
     with :math:`K_s` and :math:`M_s` the summed impact on the margin of example s (see
-    :func:`~demem.tracing.linear.linear_impact`) of the kept and of the memorising units.  The units that hold the
+    :func:`~demem.tracing.linear_impact`) of the kept and of the memorising units.  The units that hold the
     shortcut speak against the examples on which it fails, so these come out on top; no group label is used.
 
     Args:

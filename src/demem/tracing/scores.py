@@ -13,8 +13,8 @@ from demem.sites import Site
 from demem.tracing.ablation import Effect, ablation_impact
 from demem.tracing.activation_difference import activation_difference_score
 from demem.tracing.atypical import class_mean
-from demem.tracing.capture import ALONE, Ranks, read_features, select_rows
-from demem.tracing.linear import linear_impact
+from demem.tracing.capture import ALONE, Ranks, select_rows
+from demem.tracing.logit_attribution import head_impact
 from demem.tracing.magnitude import gradient_score, magnitude_score
 from demem.tracing.taylor import Ablate, taylor_impact
 from demem.tracing.topk import top_units
@@ -22,47 +22,6 @@ from demem.tracing.topk import top_units
 Direction = Literal["hurts", "helps"]
 ScoreFunction = Callable[..., dict[str, Tensor]]
 ImpactFunction = Callable[..., dict[str, Tensor]]
-
-
-def head_impact(
-    model: nn.Module,
-    sites: Sequence[Site],
-    batches: Iterable[Batch],
-    *,
-    ablate: Ablate = "mean",
-    ranks: Ranks = ALONE,
-) -> dict[str, Tensor]:
-    """:func:`~demem.tracing.linear.linear_impact` of the units that a linear head reads, in one pass.
-
-    Args:
-        model: any module; left as it was.
-        sites: inputs of the linear layer that makes the logits, e.g. ``"fc:input"``.
-        batches: examples.
-        ablate: what the unit is compared with, its mean over the examples or zero.
-        ranks: of a distributed run, for the mean.
-
-    Returns:
-        ``{site: (S, N)}`` in logits, positive = the unit helps the example.
-
-    Raises:
-        ValueError: a site is not the input of a linear layer with as many outputs as there are logits.
-    """
-    features, logits, y = read_features(model, sites, batches)
-    impact = {}
-    for site in sites:
-        weight = getattr(site.module, "weight", None)
-        rows = features[site.name]
-        fits = isinstance(site.module, nn.Linear) and site.side == "input" and len(rows) == len(y)
-        if not fits or not isinstance(weight, Tensor) or len(weight) not in (1, logits.shape[1]):
-            raise ValueError(
-                f"Site {site.name!r} does not feed the classification head directly; the score 'linear' is for the "
-                "input of the layer that makes the logits. Use 'taylor' or 'ablation' elsewhere."
-            )
-        centre = ranks.total(rows.sum(0)) / ranks.total(torch.tensor(float(len(rows)), device=rows.device))
-        impact[site.name] = linear_impact(
-            rows, weight.detach().float(), y, logits=logits, centre=centre if ablate == "mean" else "zero"
-        )
-    return impact
 
 
 IMPACTS: dict[str, ImpactFunction] = {

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from demem.batch import Batch, apply_model
 from demem.sites import Site, check_finite
-from demem.sites.find import first_tensor, replace_first_tensor
 from demem.tracing.capture import ALONE, Ranks, evaluating, per_unit
 
 Ablate = Literal["zero", "mean"]
@@ -83,14 +84,10 @@ class _Recorder:
         self.positions: dict[str, Tensor] = {}
         self._ran: set[str] = set()
         self._size = 0
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> _Recorder:
-        for site in self.sites:
-            if site.side == "output":
-                self._handles.append(site.module.register_forward_hook(self._output_hook(site)))
-            else:
-                self._handles.append(site.module.register_forward_pre_hook(self._input_hook(site)))
+        self._handles += [site.hook(partial(self._watch, site)) for site in self.sites]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,13 +103,12 @@ class _Recorder:
         if missing:
             raise RuntimeError(f"These layers did not run in the forward pass: {', '.join(missing)}.")
 
-    def _watch(self, site: Site, value: Any) -> Any:
+    def _watch(self, site: Site, tensor: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             raise ValueError(
                 f"Site {site.name!r} runs under torch.no_grad() in the model's forward, so no gradient reaches it. "
                 "Freeze layers with requires_grad_(False) instead, name a later layer, or use the score 'ablation'."
             )
-        tensor = first_tensor(value)
         # A copy, because an in-place activation that follows would rewrite what was read.
         kept = site.examples_first(tensor.detach().clone())
         axis = site.unit_axis(tensor)
@@ -145,15 +141,10 @@ class _Recorder:
             if gradient is not None:
                 gradient.add_(grad.float().sum(over) if over else grad.float())
 
-        if not tensor.requires_grad:
-            # Nothing before this layer asks for a gradient: start the graph here.
-            tensor = tensor.detach().requires_grad_().clone()
-            value = replace_first_tensor(value, tensor)
+        if tensor.requires_grad:
+            tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+            return None
+        # Nothing before this layer asks for a gradient: start the graph here.
+        tensor = tensor.detach().requires_grad_().clone()
         tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-        return value
-
-    def _output_hook(self, site: Site) -> Any:
-        return lambda module, args, output: self._watch(site, output)
-
-    def _input_hook(self, site: Site) -> Any:
-        return lambda module, args: self._watch(site, args)
+        return tensor

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from demem.sites import Site
+from demem.sites import Site, own_weight
 
 
 def unit_of_weight(site: Site) -> Tensor:
@@ -20,34 +20,11 @@ def unit_of_weight(site: Site) -> Tensor:
         int64, expanded to the shape of ``site.module.weight``.
 
     Raises:
-        ValueError: as :func:`own_weight`.
+        ValueError: as :func:`demem.sites.own_weight`.
     """
     weight = own_weight(site)
     channels = _channel_of_weight(site.module, weight, site.side)
     return (channels // site.channels_per_unit).expand(weight.shape)
-
-
-def own_weight(site: Site) -> nn.Parameter:
-    """The weight of the site's layer.
-
-    Raises:
-        ValueError: the layer has no weight whose elements belong to its units (blocks, activations, pools), or its
-            weight is computed from others (weight norm, spectral norm).
-    """
-    module = site.module
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or site.num_units is None or isinstance(module, nn.MultiheadAttention):
-        raise ValueError(
-            f"Site {site.name!r} ({type(module).__name__}) has no weights of its own by unit. Name convolution, linear "
-            "or norm layers for this, e.g. '**.conv2'."
-        )
-    if not isinstance(weight, nn.Parameter):
-        raise ValueError(
-            f"The weight of site {site.name!r} is computed from other parameters, so it has no gradient of its own and "
-            "cannot be changed. Call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first (for "
-            "the old weight_norm and spectral_norm their own remove_ function)."
-        )
-    return weight
 
 
 def _channel_of_weight(module: nn.Module, weight: Tensor, side: str) -> Tensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from demem.batch import Batch
+from demem.sites import Site
 from demem.tracing.atypical import class_mean, strongest_wrong
+from demem.tracing.capture import ALONE, Ranks, read_features
+from demem.tracing.taylor import Ablate
 
 Centre = Literal["mean", "zero"]
 
@@ -101,3 +106,44 @@ def linear_score(
         raise ValueError(f"`atypical` must be a boolean mask of shape {tuple(y.shape)}.")
     impact = linear_impact(features, weight, y, logits=logits, other=other, centre=centre)
     return -class_mean(impact, y, atypical)
+
+
+def head_impact(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    *,
+    ablate: Ablate = "mean",
+    ranks: Ranks = ALONE,
+) -> dict[str, Tensor]:
+    """:func:`linear_impact` of the units that a linear head reads, in one pass.
+
+    Args:
+        model: any module; left as it was.
+        sites: inputs of the linear layer that makes the logits, e.g. ``"fc:input"``.
+        batches: examples.
+        ablate: what the unit is compared with, its mean over the examples or zero.
+        ranks: of a distributed run, for the mean.
+
+    Returns:
+        ``{site: (S, N)}`` in logits, positive = the unit helps the example.
+
+    Raises:
+        ValueError: a site is not the input of a linear layer with as many outputs as there are logits.
+    """
+    features, logits, y = read_features(model, sites, batches)
+    impact = {}
+    for site in sites:
+        weight = getattr(site.module, "weight", None)
+        rows = features[site.name]
+        fits = isinstance(site.module, nn.Linear) and site.side == "input" and len(rows) == len(y)
+        if not fits or not isinstance(weight, Tensor) or len(weight) not in (1, logits.shape[1]):
+            raise ValueError(
+                f"Site {site.name!r} does not feed the classification head directly; the score 'linear' is for the "
+                "input of the layer that makes the logits. Use 'taylor' or 'ablation' elsewhere."
+            )
+        centre = ranks.total(rows.sum(0)) / ranks.total(torch.tensor(float(len(rows)), device=rows.device))
+        impact[site.name] = linear_impact(
+            rows, weight.detach().float(), y, logits=logits, centre=centre if ablate == "mean" else "zero"
+        )
+    return impact
