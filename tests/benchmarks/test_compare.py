@@ -200,6 +200,21 @@ def test_an_arm_that_trains_on_no_held_out_label_runs_once_for_none_and_val():
     assert [str(job) for job in plan.missing(rows[1:])] == ["digits · seed 0 · none · mine T0"]
 
 
+def test_arms_that_share_a_name_on_different_sources_are_not_mixed_up():
+    def arm(name, share, *held_out):
+        def run(experiment):
+            data = experiment.data()
+            sets = {"train": data.train_eval_dataset, "test": data.test_dataset}
+            return Outcome({split: torch.zeros(len(rows.y), 2) for split, rows in sets.items()}, {"share": share})
+
+        return Method(name, "T0", "a rule", run, held_out)
+
+    methods = [arm("ours", 0.1, "none"), arm("ours", 0.2, "val")]
+    plan, shared = Plan([TASKS["digits"]], methods, [0], ["none", "val"]), Shared()
+    rows = [run_job(job, plan, Settings(), shared)[0] for job in plan.jobs()]
+    assert [(row["held_out"], row["config"]["share"]) for row in rows] == [("none", 0.1), ("val", 0.2)]
+
+
 def test_choices_hold_for_later_seeds_and_are_shared_by_none_and_val():
     shared = Shared()
     first, later, iid = (
@@ -207,7 +222,9 @@ def test_choices_hold_for_later_seeds_and_are_shared_by_none_and_val():
         for seed, held_out in ((0, "none"), (1, "val"), (0, "iid"))
     )
     assert first.choose("arm", lambda: {"lr": 1}) == {"lr": 1}
+    shared.runs[first.erm_key] = None  # a network of the first seed
     shared.start_seed()
+    assert not shared.runs  # networks are large
     assert later.choose("arm", lambda: {"lr": 2}) == {"lr": 1}
     assert iid.choose("arm", lambda: {"lr": 3}) == {"lr": 3}
 
