@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from benchmarks.results import HELD_OUT
 from demem.batch import apply_model
 from demem.callbacks import ActivationDiversityMonitor
 from demem.data import ColoredMNIST, Dominoes, GroupedDataModule, SpuriousDigits, WildsDataModule
@@ -31,22 +32,19 @@ from demem.sites import find_head
 SPLITS = ("train", "val", "test")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
-    """Where things are, and what a run has learned so far.
+    """What the user gives to a run: where files are, and whom to tell how far it has come.
 
     Attributes:
         data_root, weights, cache: folders and files named by the user.
-        choices: hyper-parameters that an arm chose on its first seed, by (data, arm, held-out source).
-        runs: networks trained on the seed at hand, so that arms that only refit a head share one ERM run.
         on_epoch: called with the number of epochs done and in all.
+        on_caching: called with (file, images done, images in all) while frozen layers are computed.
     """
 
     data_root: Path | None = None
     weights: Path | None = None
     cache: Path | None = None
-    choices: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
-    runs: dict[Any, Run] = field(default_factory=dict)
     on_epoch: Callable[[int, int], None] | None = None
     on_caching: Callable[[str, int, int], None] | None = None
 
@@ -54,6 +52,34 @@ class Settings:
         if self.data_root is None:
             raise ValueError(f"--data {task} reads a local folder: pass --data-root.")
         return self.data_root
+
+
+def selected_on(held_out: str) -> str:
+    """What the validation loader reads: ``"iid"`` or ``"val"``.  With the held-out source ``none`` it is the validation
+    set, whose labels then select and train nothing; the training set is the whole one, as with ``val``."""
+    return "iid" if held_out == "iid" else "val"
+
+
+@dataclass
+class Shared:
+    """What the experiments of one comparison leave for each other.
+
+    Attributes:
+        choices: hyper-parameters that an arm chose on its first seed, by (data, arm, :func:`selected_on`); later seeds
+            keep them.
+        runs: ERM networks by :attr:`Experiment.erm_key`, so that arms that only refit a head share one.
+        outcomes: of this seed's arms that train on no held-out label, with their seconds, by (arm, tier): their rows on
+            ``none`` and ``val`` are of one run.
+    """
+
+    choices: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    runs: dict[tuple[str, int, str, int], Run] = field(default_factory=dict)
+    outcomes: dict[tuple[str, str], tuple[Outcome, float]] = field(default_factory=dict)
+
+    def start_seed(self) -> None:
+        """Forget the networks of the seed before; what was chosen is kept."""
+        self.runs.clear()
+        self.outcomes.clear()
 
 
 @dataclass(frozen=True)
@@ -97,7 +123,7 @@ class Run:
     @cached_property
     def features(self) -> Features:
         head = find_head(self.module)[1]
-        z, _ = zip(*(self._read(split) for split in SPLITS), strict=True)
+        z, _ = zip(*(self.read(split) for split in SPLITS), strict=True)
         sets = self._sets()
         return Features(
             dict(zip(SPLITS, z, strict=True)),
@@ -109,7 +135,7 @@ class Run:
 
     @cached_property
     def logits(self) -> dict[str, Tensor]:
-        return {split: self._read(split)[1] for split in SPLITS}
+        return {split: self.read(split)[1] for split in SPLITS}
 
     def extras(self) -> dict[str, list[dict[str, Any]]]:
         """What the callbacks recorded for the figures: ``diversity``, a row an epoch."""
@@ -132,7 +158,8 @@ class Run:
             "test": self.data.test_dataset,
         }
 
-    def _read(self, split: str) -> tuple[Tensor, Tensor]:
+    def read(self, split: str) -> tuple[Tensor, Tensor]:
+        """What the head reads of a split, before any gate, ``(S, N)``, and the logits ``(S, C)``."""
         loader = {
             "train": self.data.train_eval_dataloader,
             "val": self.data.val_dataloader,
@@ -170,11 +197,12 @@ class Method:
     """One arm.
 
     Attributes:
-        name: in the table and in ``results.jsonl``; arms of other tiers may share it.
+        name: in the table and in ``results.jsonl``; arms of other tiers or held-out sources may share it.
         tier: group labels seen: T0 none … T3 training groups.
         selection: how hyper-parameters and epoch are chosen, in a few words.
         run: the arm itself.
-        held_out: the held-out sources that it can use.
+        held_out: the held-out sources (:data:`HELD_OUT`) that it has a row on.  One that lists ``none`` beside ``val``
+            trains on no held-out label, so that both rows are of the same run.
         uses_erm: whether it starts from the shared ERM run, whose time then counts as its own.
         grid: what is tuned, for the reader.
     """
@@ -205,6 +233,15 @@ class Experiment:
 
     Initialisation, the order of the examples, the ``iid`` slice and the made data follow from the seed alone, and are
     the same for every arm.
+
+    Args:
+        task: the data set, its network and its schedule.
+        settings: where files are, and whom to tell about progress.
+        seed: of everything random.
+        held_out: held-out source, one of :data:`HELD_OUT`.
+        epochs: default those of the task.
+        watched: record what the figures need.
+        shared: what the other experiments of the comparison left; default nothing.
     """
 
     def __init__(
@@ -215,10 +252,14 @@ class Experiment:
         held_out: str = "val",
         epochs: int | None = None,
         watched: bool = False,
+        shared: Shared | None = None,
     ) -> None:
+        if held_out not in HELD_OUT:
+            raise ValueError(f"held_out must be one of {', '.join(HELD_OUT)}, got {held_out!r}.")
         self.task, self.settings, self.seed, self.held_out = task, settings, seed, held_out
         self.epochs = epochs or task.epochs
         self.watched = watched
+        self.shared = shared or Shared()
 
     def watch(self) -> list[pl.Callback]:
         """Callbacks that record diversity for the figures, in runs that are watched."""
@@ -226,14 +267,23 @@ class Experiment:
 
     def data(self, **options: Any) -> GroupedDataModule:
         """A fresh data module."""
-        data = self.task.data(self.settings, **{"seed": self.seed, "held_out": self.held_out, **options})
+        data = self.task.data(self.settings, **{"seed": self.seed, "held_out": selected_on(self.held_out), **options})
+        if not isinstance(data, GroupedDataModule):
+            raise ValueError(
+                f"The data of {self.task.name} must be a demem.data.GroupedDataModule, got {type(data).__name__}."
+            )
         data.setup()
         return data
 
     def module(self, **options: Any) -> Classifier:
         """A freshly initialised network."""
         pl.seed_everything(self.seed, verbose=False)
-        return self.task.module(self.settings, **options)
+        module = self.task.module(self.settings, **options)
+        if not isinstance(module, Classifier):
+            raise ValueError(
+                f"The network of {self.task.name} must be a demem.module.Classifier, got {type(module).__name__}."
+            )
+        return module
 
     def fit(
         self,
@@ -275,23 +325,31 @@ class Experiment:
 
     def erm(self, held_out: str | None = None) -> Run:
         """The ERM run of this seed, trained once; ``held_out`` names the source if not this experiment's."""
-        held_out = held_out or self.held_out
-        key = (self.task.name, self.seed, held_out, self.epochs)
-        if key not in self.settings.runs:
-            other = Experiment(self.task, self.settings, self.seed, held_out, self.epochs, self.watched)
-            self.settings.runs[key] = other.fit(callbacks=other.watch())
-        return self.settings.runs[key]
+        other = Experiment(
+            self.task, self.settings, self.seed, held_out or self.held_out, self.epochs, self.watched, self.shared
+        )
+        if other.erm_key not in self.shared.runs:
+            self.shared.runs[other.erm_key] = other.fit(callbacks=other.watch())
+        return self.shared.runs[other.erm_key]
+
+    @property
+    def erm_key(self) -> tuple[str, int, str, int]:
+        """What the ERM run of this experiment is kept under (:class:`Shared`)."""
+        return self.task.name, self.seed, selected_on(self.held_out), self.epochs
 
     def choose(self, arm: str, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Hyper-parameters of an expensive arm, tuned on the first seed of the run and kept for the others."""
-        key = (self.task.name, arm, self.held_out)
-        if key not in self.settings.choices:
-            self.settings.choices[key] = choose()
-        return self.settings.choices[key]
+        key = (self.task.name, arm, selected_on(self.held_out))
+        if key not in self.shared.choices:
+            self.shared.choices[key] = choose()
+        return self.shared.choices[key]
 
 
 def judge(outcome: Outcome, data: GroupedDataModule) -> dict[str, Any]:
     """The accuracies of a row, on the test set and, by group, on the training set."""
+    missing = [split for split in ("train", "test") if split not in outcome.logits]
+    if missing:
+        raise ValueError(f"The outcome has no logits of the split {' and '.join(missing)}.")
     groups, sizes = data.num_groups, data.train_group_counts
     sets = {"train": data.train_eval_dataset, "test": data.test_dataset}
     counts = {
