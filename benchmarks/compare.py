@@ -96,10 +96,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", default="digits", help="data sets, comma-separated, or 'all' that need no GPU (default: digits)"
     )
-    parser.add_argument("--data-root", type=Path, help="folder with waterbirds_v1.0, MNIST, FashionMNIST")
+    parser.add_argument("--data-root", type=Path, help="folder with waterbirds_v1.0, MNIST, FashionMNIST, rt-polarity")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 safetensors file (default: below --data-root)")
     parser.add_argument(
-        "--cache", type=Path, help="folder for Waterbirds' frozen-layer outputs, 0.7 GB (default: user cache)"
+        "--backbone",
+        choices=("mobilenetv2", "efficientnet_lite0"),
+        default="mobilenetv2",
+        help="network of waterbirds (default: mobilenetv2)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="folder for outputs of frozen layers, 0.3–0.8 GB per data set (default: user cache)"
     )
     parser.add_argument(
         "--methods", default=DEFAULT_METHODS, help=f"arms, comma-separated, or 'all' (default: {DEFAULT_METHODS})"
@@ -122,10 +128,14 @@ def make_plan(options: argparse.Namespace) -> Plan:
         ValueError: an option names something that there is not.
     """
     from benchmarks.baselines import METHODS
-    from benchmarks.experiment import TASKS
+    from benchmarks.experiment import BACKBONES, TASKS
 
     data = ",".join(t.name for t in TASKS.values() if not t.gpu) if options.data == "all" else options.data
-    tasks = [TASKS[name] for name in _names(data, list(TASKS), "--data", "data set")]
+    names = _names(data, list(TASKS), "--data", "data set")
+    chosen_birds = BACKBONES[options.backbone]
+    if chosen_birds != "waterbirds" and "waterbirds" not in names:
+        raise ValueError(f"--backbone chooses the network of waterbirds, and --data names {', '.join(names)}.")
+    tasks = [TASKS[chosen_birds if name == "waterbirds" else name] for name in dict.fromkeys(names)]
     chosen = _names(options.methods, list(dict.fromkeys(m.name for m in METHODS)), "--methods", "method")
     seeds = parse_seeds(options.seeds)
     if options.epochs is not None and options.epochs < 1:
@@ -156,15 +166,11 @@ def parse_seeds(given: str) -> list[int]:
 
 
 def _check_files(task: Task, settings: Settings) -> None:
-    from benchmarks.experiment import mobilenet_weights
-
     for file in task.files:
         if not (settings.root(task.name) / file).exists():
             raise ValueError(f"--data {task.name} reads {file} below --data-root, and {settings.data_root} has none.")
-    if task.pretrained and not mobilenet_weights(settings).is_file():
-        raise ValueError(
-            f"--data {task.name} needs MobileNetV2 weights; there are none at {mobilenet_weights(settings)}."
-        )
+    if task.check is not None:
+        task.check(settings)
 
 
 # Run
@@ -183,6 +189,8 @@ def _run(
     shared, last = Shared(_choices(rows)), None
     with _progress(console, len(jobs)) as progress:
         for job in jobs:
+            if last is None or job.task.name != last[0]:
+                _print_sources(job.task, settings, console)
             if (job.task.name, job.seed) != last:
                 shared.runs.clear()
                 torch.set_num_threads(job.task.threads or threads)
@@ -190,6 +198,11 @@ def _run(
             row, extras = run_job(job, plan, progress.told(settings, str(job)), shared)
             _write(out, row, extras)
             progress.advance()
+
+
+def _print_sources(task: Task, settings: Settings, console: Console) -> None:
+    for line in [] if task.sources is None else task.sources(settings):
+        console.print(f"{task.name}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def run_job(

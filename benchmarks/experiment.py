@@ -77,7 +77,8 @@ class Task:
     module: Callable[..., Classifier]  # (settings, **options), under a fixed seed
     files: tuple[str, ...] = ()  # what must be below --data-root
     threads: int | None = None  # a small network runs faster on one thread, above all on a busy machine
-    pretrained: bool = False  # starts from MobileNetV2's weights
+    check: Callable[[Settings], Any] | None = None  # raises if a package or weights are missing
+    sources: Callable[[Settings], list[str]] | None = None  # where data and weights come from, and their licences
     gpu: bool = False  # takes one, and so is no part of ``--data all``
 
 
@@ -364,18 +365,98 @@ def _dominoes(correlation: float, **pairs: Any) -> Callable[..., GroupedDataModu
     return make
 
 
-def _waterbirds(settings: Settings, **options: Any) -> GroupedDataModule:
-    from benchmarks.waterbirds import WaterbirdsFeatures, cache_features
+def _waterbirds(backbone: str) -> Callable[..., GroupedDataModule]:
+    def make(settings: Settings, **options: Any) -> GroupedDataModule:
+        from benchmarks.waterbirds import WaterbirdsFeatures, cache_features
 
-    root = settings.root("waterbirds")
-    folder = cache_features(root, mobilenet_weights(settings), settings.cache, settings.on_caching)
-    return WaterbirdsFeatures(folder, **options)
+        root, weights = settings.root("waterbirds"), _weights(settings, backbone)
+        folder = cache_features(root, weights, settings.cache, settings.on_caching, backbone)
+        return WaterbirdsFeatures(folder, **options)
+
+    return make
 
 
-def _waterbirds_module(settings: Settings, **options: Any) -> Classifier:
-    from benchmarks.waterbirds import Tail, pretrained
+def _waterbirds_module(backbone: str) -> Callable[..., Classifier]:
+    def make(settings: Settings, **options: Any) -> Classifier:
+        from benchmarks.backbones import Tail, make_backbone
 
-    return Classifier(Tail(pretrained(mobilenet_weights(settings))), freeze_batchnorm=True, **{"lr": 3e-3, **options})
+        network = Tail(make_backbone(backbone, _weights(settings, backbone)))
+        return Classifier(network, freeze_batchnorm=True, **{"lr": 3e-3, **options})
+
+    return make
+
+
+def _waterbirds_check(backbone: str) -> Callable[[Settings], Any]:
+    def check(settings: Settings) -> Any:
+        from benchmarks.backbones import weights_file
+
+        return weights_file(backbone, _weights(settings, backbone))
+
+    return check
+
+
+def _waterbirds_sources(backbone: str) -> Callable[[Settings], list[str]]:
+    def sources(settings: Settings) -> list[str]:
+        from benchmarks.backbones import weights_source
+        from benchmarks.waterbirds import data_source
+
+        return [data_source(settings.root("waterbirds")), weights_source(backbone, _weights(settings, backbone))]
+
+    return sources
+
+
+def _weights(settings: Settings, backbone: str) -> Path | None:
+    return mobilenet_weights(settings) if backbone == "mobilenetv2" else None
+
+
+def _solar(settings: Settings, **options: Any) -> GroupedDataModule:
+    from benchmarks.solar import SolarFeatures, cache_features
+
+    return SolarFeatures(cache_features(settings.cache, settings.on_caching), **options)
+
+
+def _solar_module(settings: Settings, **options: Any) -> Classifier:
+    from benchmarks.backbones import Tail, efficientnet_lite0
+
+    return Classifier(Tail(efficientnet_lite0()), freeze_batchnorm=True, **{"lr": 3e-3, **options})
+
+
+def _solar_sources(settings: Settings) -> list[str]:
+    from benchmarks.solar import sources
+
+    return sources()
+
+
+def _sentiment(settings: Settings, **options: Any) -> GroupedDataModule:
+    from benchmarks.sentiment import SentimentFeatures, cache_features
+
+    folder = cache_features(settings.root("sentiment"), settings.cache, settings.on_caching)
+    return SentimentFeatures(folder, **options)
+
+
+def _sentiment_module(settings: Settings, **options: Any) -> Classifier:
+    from benchmarks.sentiment import Tail, load_minilm
+
+    return Classifier(Tail(load_minilm()), **{"optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-2, **options})
+
+
+def _sentiment_sources(settings: Settings) -> list[str]:
+    from benchmarks.sentiment import sources
+
+    return sources(settings.root("sentiment"))
+
+
+def _digits_sources(settings: Settings) -> list[str]:
+    return ["data: scikit-learn's load_digits (Optical Recognition of Handwritten Digits, UCI; CC BY 4.0)"]
+
+
+def _mnist_sources(settings: Settings) -> list[str]:
+    return [f"data: {settings.data_root}/MNIST/raw (MNIST; CC BY-SA 3.0)"]
+
+
+def _pair_sources(settings: Settings) -> list[str]:
+    fashion = f"data: {settings.data_root}/FashionMNIST/raw (Fashion-MNIST; MIT)"
+    return [*_mnist_sources(settings), fashion]
 
 
 def _waterbirds_full(settings: Settings, **options: Any) -> GroupedDataModule:
@@ -385,7 +466,7 @@ def _waterbirds_full(settings: Settings, **options: Any) -> GroupedDataModule:
 
 
 def _waterbirds_full_module(settings: Settings, **options: Any) -> Classifier:
-    from benchmarks.waterbirds import pretrained
+    from benchmarks.backbones import pretrained
 
     network = pretrained(mobilenet_weights(settings))
     network.classifier = torch.nn.Linear(1280, 2)
@@ -419,21 +500,77 @@ def _resnet(settings: Settings, **options: Any) -> Classifier:
 
 _PAIR = ("MNIST/raw", "FashionMNIST/raw")
 _BIRDS = ("waterbirds_v1.0/metadata.csv",)
+_MOBILENET, _LITE0 = "mobilenetv2", "efficientnet_lite0"
+
+
+def _solar_check(settings: Settings) -> Any:
+    from benchmarks.solar import check
+
+    return check()
+
+
+def _sentiment_check(settings: Settings) -> Any:
+    from benchmarks.sentiment import minilm_folder
+
+    return minilm_folder()
+
+
+def _waterbirds_task(name: str, backbone: str) -> Task:
+    return Task(
+        name,
+        10,
+        _waterbirds(backbone),
+        _waterbirds_module(backbone),
+        _BIRDS,
+        check=_waterbirds_check(backbone),
+        sources=_waterbirds_sources(backbone),
+    )
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("digits", 20, _digits, _cnn(3), threads=1),
-        Task("digits_balanced", 20, _digits_balanced, _cnn(3), threads=1),
-        Task("colored_mnist", 10, _colored_mnist, _cnn(3), ("MNIST/raw",)),
-        Task("dominoes", 10, _dominoes(0.95), _resnet, _PAIR),
-        Task("dominoes99", 10, _dominoes(0.99), _resnet, _PAIR),
-        Task("dominoes_shirts", 10, _dominoes(0.95, mnist_classes=(3, 8), fashion_classes=(2, 6)), _resnet, _PAIR),
-        Task("dominoes_vit", 15, _dominoes(0.95), _vit, _PAIR),
-        Task("waterbirds", 10, _waterbirds, _waterbirds_module, _BIRDS, pretrained=True),
-        Task("waterbirds_full", 30, _waterbirds_full, _waterbirds_full_module, _BIRDS, pretrained=True, gpu=True),
+        Task("digits", 20, _digits, _cnn(3), threads=1, sources=_digits_sources),
+        Task("digits_balanced", 20, _digits_balanced, _cnn(3), threads=1, sources=_digits_sources),
+        Task("colored_mnist", 10, _colored_mnist, _cnn(3), ("MNIST/raw",), sources=_mnist_sources),
+        Task("dominoes", 10, _dominoes(0.95), _resnet, _PAIR, sources=_pair_sources),
+        Task("dominoes99", 10, _dominoes(0.99), _resnet, _PAIR, sources=_pair_sources),
+        Task(
+            "dominoes_shirts",
+            10,
+            _dominoes(0.95, mnist_classes=(3, 8), fashion_classes=(2, 6)),
+            _resnet,
+            _PAIR,
+            sources=_pair_sources,
+        ),
+        Task("dominoes_vit", 15, _dominoes(0.95), _vit, _PAIR, sources=_pair_sources),
+        _waterbirds_task("waterbirds", _MOBILENET),
+        _waterbirds_task("waterbirds_lite0", _LITE0),
+        Task(
+            "waterbirds_full",
+            30,
+            _waterbirds_full,
+            _waterbirds_full_module,
+            _BIRDS,
+            check=_waterbirds_check(_MOBILENET),
+            sources=_waterbirds_sources(_MOBILENET),
+            gpu=True,
+        ),
+        Task("solar", 15, _solar, _solar_module, check=_solar_check, sources=_solar_sources),
+        Task(
+            "sentiment",
+            4,
+            _sentiment,
+            _sentiment_module,
+            ("rt-polarity/rt-polarity.neg", "rt-polarity/rt-polarity.pos"),
+            check=_sentiment_check,
+            sources=_sentiment_sources,
+        ),
     )
 }
 """The data sets by name; ``--data all`` is all that need no GPU."""
+BACKBONES = {_MOBILENET: "waterbirds", _LITE0: "waterbirds_lite0"}
+"""What ``--data waterbirds --backbone NAME`` means."""
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:
