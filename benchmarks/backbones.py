@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from benchmarks.cache import Create, Make, Progress
 from benchmarks.packages import require, version_of
 from demem.data.wilds import image_transform
+
+if TYPE_CHECKING:
+    from benchmarks.experiment import Settings
 
 HALF = (0.5, 0.5, 0.5)
 BATCH = 64
@@ -92,17 +95,25 @@ def efficientnet_lite0() -> nn.Module:
     return model
 
 
-def make_backbone(backbone: str, weights: Path | None) -> nn.Module:
+def make_backbone(backbone: str, weights: Path) -> nn.Module:
     """MobileNetV2 from the file ``weights``, or EfficientNet-Lite0 from its package."""
-    return efficientnet_lite0() if backbone == "efficientnet_lite0" else pretrained(str(weights))
+    return efficientnet_lite0() if backbone == "efficientnet_lite0" else pretrained(weights)
 
 
-def weights_file(backbone: str, weights: Path | None) -> Path:
-    """The file that :func:`make_backbone` reads, or an error if there is none."""
-    return lite0_file() if backbone == "efficientnet_lite0" else check_weights(str(weights))
+def weights_file(backbone: str, settings: Settings) -> Path:
+    """EfficientNet-Lite0: the file in its package.  MobileNetV2: ``--weights``, or
+    ``mobilenetv2_100/model.safetensors`` below ``--data-root``.
+
+    Raises:
+        FileNotFoundError: there is no such file or package.
+        ValueError: the file is not in the safetensors format.
+    """
+    if backbone == "efficientnet_lite0":
+        return lite0_file()
+    return check_weights(settings.weights or settings.root("waterbirds") / "mobilenetv2_100" / "model.safetensors")
 
 
-def weights_source(backbone: str, weights: Path | None) -> str:
+def weights_source(backbone: str, weights: Path) -> str:
     """Where the weights come from, and their licence."""
     if backbone == "efficientnet_lite0":
         version = version_of(LITE0_PACKAGE)

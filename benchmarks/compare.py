@@ -135,7 +135,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     chosen_birds = BACKBONES[options.backbone]
     if chosen_birds != "waterbirds" and "waterbirds" not in names:
         raise ValueError(f"--backbone chooses the network of waterbirds, and --data names {', '.join(names)}.")
-    tasks = [TASKS[chosen_birds if name == "waterbirds" else name] for name in dict.fromkeys(names)]
+    tasks = [TASKS[n] for n in dict.fromkeys(chosen_birds if name == "waterbirds" else name for name in names)]
     chosen = _names(options.methods, list(dict.fromkeys(m.name for m in METHODS)), "--methods", "method")
     seeds = parse_seeds(options.seeds)
     if options.epochs is not None and options.epochs < 1:

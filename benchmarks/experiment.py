@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from benchmarks import sentiment, solar, waterbirds
+from benchmarks.backbones import pretrained, weights_file
 from demem.batch import apply_model
 from demem.callbacks import ActivationDiversityMonitor
 from demem.data import ColoredMNIST, Dominoes, GroupedDataModule, SpuriousDigits, WildsDataModule
@@ -29,6 +31,7 @@ from demem.module import Classifier
 from demem.sites import find_head
 
 SPLITS = ("train", "val", "test")
+_MOBILENET, _LITE0 = "mobilenetv2", "efficientnet_lite0"
 
 
 @dataclass(frozen=True)
@@ -365,100 +368,6 @@ def _dominoes(correlation: float, **pairs: Any) -> Callable[..., GroupedDataModu
     return make
 
 
-def _waterbirds(backbone: str) -> Callable[..., GroupedDataModule]:
-    def make(settings: Settings, **options: Any) -> GroupedDataModule:
-        from benchmarks.waterbirds import WaterbirdsFeatures, cache_features
-
-        root, weights = settings.root("waterbirds"), _weights(settings, backbone)
-        folder = cache_features(root, weights, settings.cache, settings.on_caching, backbone)
-        return WaterbirdsFeatures(folder, **options)
-
-    return make
-
-
-def _waterbirds_module(backbone: str) -> Callable[..., Classifier]:
-    def make(settings: Settings, **options: Any) -> Classifier:
-        from benchmarks.backbones import Tail, make_backbone
-
-        network = Tail(make_backbone(backbone, _weights(settings, backbone)))
-        return Classifier(network, freeze_batchnorm=True, **{"lr": 3e-3, **options})
-
-    return make
-
-
-def _waterbirds_check(backbone: str) -> Callable[[Settings], Any]:
-    def check(settings: Settings) -> Any:
-        from benchmarks.backbones import weights_file
-
-        return weights_file(backbone, _weights(settings, backbone))
-
-    return check
-
-
-def _waterbirds_sources(backbone: str) -> Callable[[Settings], list[str]]:
-    def sources(settings: Settings) -> list[str]:
-        from benchmarks.backbones import weights_source
-        from benchmarks.waterbirds import data_source
-
-        return [data_source(settings.root("waterbirds")), weights_source(backbone, _weights(settings, backbone))]
-
-    return sources
-
-
-def _weights(settings: Settings, backbone: str) -> Path | None:
-    return mobilenet_weights(settings) if backbone == "mobilenetv2" else None
-
-
-def _solar(settings: Settings, **options: Any) -> GroupedDataModule:
-    from benchmarks.solar import SolarFeatures, cache_features
-
-    return SolarFeatures(cache_features(settings.cache, settings.on_caching), **options)
-
-
-def _solar_module(settings: Settings, **options: Any) -> Classifier:
-    from benchmarks.backbones import Tail, efficientnet_lite0
-
-    return Classifier(Tail(efficientnet_lite0()), freeze_batchnorm=True, **{"lr": 3e-3, **options})
-
-
-def _solar_sources(settings: Settings) -> list[str]:
-    from benchmarks.solar import sources
-
-    return sources()
-
-
-def _sentiment(settings: Settings, **options: Any) -> GroupedDataModule:
-    from benchmarks.sentiment import SentimentFeatures, cache_features
-
-    folder = cache_features(settings.root("sentiment"), settings.cache, settings.on_caching)
-    return SentimentFeatures(folder, **options)
-
-
-def _sentiment_module(settings: Settings, **options: Any) -> Classifier:
-    from benchmarks.sentiment import Tail, load_minilm
-
-    return Classifier(Tail(load_minilm()), **{"optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-2, **options})
-
-
-def _sentiment_sources(settings: Settings) -> list[str]:
-    from benchmarks.sentiment import sources
-
-    return sources(settings.root("sentiment"))
-
-
-def _digits_sources(settings: Settings) -> list[str]:
-    return ["data: scikit-learn's load_digits (Optical Recognition of Handwritten Digits, UCI; CC BY 4.0)"]
-
-
-def _mnist_sources(settings: Settings) -> list[str]:
-    return [f"data: {settings.data_root}/MNIST/raw (MNIST; CC BY-SA 3.0)"]
-
-
-def _pair_sources(settings: Settings) -> list[str]:
-    fashion = f"data: {settings.data_root}/FashionMNIST/raw (Fashion-MNIST; MIT)"
-    return [*_mnist_sources(settings), fashion]
-
-
 def _waterbirds_full(settings: Settings, **options: Any) -> GroupedDataModule:
     half, workers = (0.5, 0.5, 0.5), min(8, os.cpu_count() or 1)
     options = {"resize": 180, "crop": 180, "mean": half, "std": half, "num_workers": workers, **options}
@@ -466,16 +375,9 @@ def _waterbirds_full(settings: Settings, **options: Any) -> GroupedDataModule:
 
 
 def _waterbirds_full_module(settings: Settings, **options: Any) -> Classifier:
-    from benchmarks.backbones import pretrained
-
-    network = pretrained(mobilenet_weights(settings))
+    network = pretrained(weights_file(_MOBILENET, settings))
     network.classifier = torch.nn.Linear(1280, 2)
     return Classifier(network, freeze_batchnorm=True, **{"lr": 3e-3, **options})
-
-
-def mobilenet_weights(settings: Settings) -> Path:
-    """``--weights``, or ``mobilenetv2_100/model.safetensors`` below ``--data-root``."""
-    return settings.weights or settings.root("waterbirds") / "mobilenetv2_100" / "model.safetensors"
 
 
 def _cnn(in_chans: int) -> Callable[..., Classifier]:
@@ -498,32 +400,32 @@ def _resnet(settings: Settings, **options: Any) -> Classifier:
     return Classifier("resnet10t", in_chans=1, model_kwargs=shape, **{"lr": 0.05, **options})
 
 
+def _digits_sources(settings: Settings) -> list[str]:
+    return ["data: scikit-learn's load_digits (Optical Recognition of Handwritten Digits, UCI; CC BY 4.0)"]
+
+
+def _mnist_sources(settings: Settings) -> list[str]:
+    return [f"data: {settings.data_root}/MNIST/raw (MNIST; CC BY-SA 3.0)"]
+
+
+def _pair_sources(settings: Settings) -> list[str]:
+    fashion = f"data: {settings.data_root}/FashionMNIST/raw (Fashion-MNIST; MIT)"
+    return [*_mnist_sources(settings), fashion]
+
+
 _PAIR = ("MNIST/raw", "FashionMNIST/raw")
 _BIRDS = ("waterbirds_v1.0/metadata.csv",)
-_MOBILENET, _LITE0 = "mobilenetv2", "efficientnet_lite0"
-
-
-def _solar_check(settings: Settings) -> Any:
-    from benchmarks.solar import check
-
-    return check()
-
-
-def _sentiment_check(settings: Settings) -> Any:
-    from benchmarks.sentiment import minilm_folder
-
-    return minilm_folder()
 
 
 def _waterbirds_task(name: str, backbone: str) -> Task:
     return Task(
         name,
         10,
-        _waterbirds(backbone),
-        _waterbirds_module(backbone),
+        partial(waterbirds.make_data, backbone),
+        partial(waterbirds.make_module, backbone),
         _BIRDS,
-        check=_waterbirds_check(backbone),
-        sources=_waterbirds_sources(backbone),
+        check=partial(weights_file, backbone),
+        sources=partial(waterbirds.sources, backbone),
     )
 
 
@@ -552,19 +454,19 @@ TASKS: dict[str, Task] = {
             _waterbirds_full,
             _waterbirds_full_module,
             _BIRDS,
-            check=_waterbirds_check(_MOBILENET),
-            sources=_waterbirds_sources(_MOBILENET),
+            check=partial(weights_file, _MOBILENET),
+            sources=partial(waterbirds.sources, _MOBILENET),
             gpu=True,
         ),
-        Task("solar", 15, _solar, _solar_module, check=_solar_check, sources=_solar_sources),
+        Task("solar", 10, solar.make_data, solar.make_module, check=solar.check, sources=solar.sources),
         Task(
             "sentiment",
-            4,
-            _sentiment,
-            _sentiment_module,
-            ("rt-polarity/rt-polarity.neg", "rt-polarity/rt-polarity.pos"),
-            check=_sentiment_check,
-            sources=_sentiment_sources,
+            3,
+            sentiment.make_data,
+            sentiment.make_module,
+            sentiment.FILES,
+            check=sentiment.check,
+            sources=sentiment.sources,
         ),
     )
 }

