@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import sentiment, solar, waterbirds
-from benchmarks.backbones import pretrained, weights_file
+from benchmarks.backbones import make_backbone, weights_file
 from demem.batch import apply_model
 from demem.callbacks import ActivationDiversityMonitor
 from demem.data import ColoredMNIST, Dominoes, GroupedDataModule, SpuriousDigits, WildsDataModule
@@ -375,7 +375,7 @@ def _waterbirds_full(settings: Settings, **options: Any) -> GroupedDataModule:
 
 
 def _waterbirds_full_module(settings: Settings, **options: Any) -> Classifier:
-    network = pretrained(weights_file(_MOBILENET, settings))
+    network = make_backbone(_MOBILENET, weights_file(_MOBILENET, settings))
     network.classifier = torch.nn.Linear(1280, 2)
     return Classifier(network, freeze_batchnorm=True, **{"lr": 3e-3, **options})
 
