@@ -98,10 +98,16 @@ def _parser() -> argparse.ArgumentParser:
         default="digits",
         help="data sets, comma-separated; 'all' that need no GPU; my_module:make_task for your own (default: digits)",
     )
-    parser.add_argument("--data-root", type=Path, help="folder with waterbirds_v1.0, MNIST, FashionMNIST")
+    parser.add_argument("--data-root", type=Path, help="folder with waterbirds_v1.0, MNIST, FashionMNIST, rt-polarity")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 safetensors file (default: below --data-root)")
     parser.add_argument(
-        "--cache", type=Path, help="folder for Waterbirds' frozen-layer outputs, 0.7 GB (default: user cache)"
+        "--backbone",
+        choices=("mobilenetv2", "efficientnet_lite0"),
+        default="mobilenetv2",
+        help="network of waterbirds (default: mobilenetv2)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="folder for outputs of frozen layers, 0.3–0.8 GB per data set (default: user cache)"
     )
     parser.add_argument(
         "--methods",
@@ -131,12 +137,15 @@ def make_plan(options: argparse.Namespace) -> Plan:
         ValueError: an option names something that there is not.
     """
     from benchmarks.baselines import METHODS
-    from benchmarks.experiment import TASKS
+    from benchmarks.experiment import BACKBONES, TASKS
     from benchmarks.own import load_methods, load_task
 
     without_gpu = [task.name for task in TASKS.values() if not task.gpu]
     names, own = _names(options.data, list(TASKS), "--data", "data set", {"all": without_gpu})
-    tasks = [TASKS[name] for name in names]
+    chosen_birds = BACKBONES[options.backbone]
+    if chosen_birds != "waterbirds" and "waterbirds" not in names:
+        raise ValueError(f"--backbone chooses the network of waterbirds, and --data names {', '.join(names + own)}.")
+    tasks = [TASKS[n] for n in dict.fromkeys(chosen_birds if name == "waterbirds" else name for name in names)]
     for name in own:
         tasks.append(load_task(name, [*TASKS.values(), *tasks]))
     known = list(dict.fromkeys(method.name for method in METHODS))
@@ -186,15 +195,11 @@ def parse_seeds(given: str) -> list[int]:
 
 
 def _check_files(task: Task, settings: Settings) -> None:
-    from benchmarks.experiment import mobilenet_weights
-
     for file in task.files:
         if not (settings.root(task.name) / file).exists():
             raise ValueError(f"--data {task.name} reads {file} below --data-root, and {settings.data_root} has none.")
-    if task.pretrained and not mobilenet_weights(settings).is_file():
-        raise ValueError(
-            f"--data {task.name} needs MobileNetV2 weights; there are none at {mobilenet_weights(settings)}."
-        )
+    if task.check is not None:
+        task.check(settings)
 
 
 # Run
@@ -213,6 +218,8 @@ def _run(
     shared, last = Shared(_choices(rows)), None
     with _progress(console, len(jobs)) as progress:
         for job in jobs:
+            if last is None or job.task.name != last[0]:
+                _print_sources(job.task, settings, console)
             if (job.task.name, job.seed) != last:
                 shared.start_seed()
                 torch.set_num_threads(job.task.threads or threads)
@@ -220,6 +227,11 @@ def _run(
             row, extras = run_job(job, plan, progress.told(settings, str(job)), shared)
             _write(out, row, extras)
             progress.advance()
+
+
+def _print_sources(task: Task, settings: Settings, console: Console) -> None:
+    for line in [] if task.sources is None else task.sources(settings):
+        console.print(f"{task.name}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def run_job(

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from benchmarks import sentiment, solar, waterbirds
+from benchmarks.backbones import make_backbone, weights_file
 from benchmarks.results import HELD_OUT
 from demem.batch import apply_model
 from demem.callbacks import ActivationDiversityMonitor
@@ -30,6 +32,7 @@ from demem.module import Classifier
 from demem.sites import find_head
 
 SPLITS = ("train", "val", "test")
+_MOBILENET, _LITE0 = "mobilenetv2", "efficientnet_lite0"
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Task:
     module: Callable[..., Classifier]  # (settings, **options), under a fixed seed
     files: tuple[str, ...] = ()  # what must be below --data-root
     threads: int | None = None  # a small network runs faster on one thread, above all on a busy machine
-    pretrained: bool = False  # starts from MobileNetV2's weights
+    check: Callable[[Settings], Any] | None = None  # raises if a package or weights are missing
+    sources: Callable[[Settings], list[str]] | None = None  # where data and weights come from, and their licences
     gpu: bool = False  # takes one, and so is no part of ``--data all``
 
 
@@ -394,20 +398,6 @@ def _dominoes(correlation: float, **pairs: Any) -> Callable[..., GroupedDataModu
     return make
 
 
-def _waterbirds(settings: Settings, **options: Any) -> GroupedDataModule:
-    from benchmarks.waterbirds import WaterbirdsFeatures, cache_features
-
-    root = settings.root("waterbirds")
-    folder = cache_features(root, mobilenet_weights(settings), settings.cache, settings.on_caching)
-    return WaterbirdsFeatures(folder, **options)
-
-
-def _waterbirds_module(settings: Settings, **options: Any) -> Classifier:
-    from benchmarks.waterbirds import Tail, pretrained
-
-    return Classifier(Tail(pretrained(mobilenet_weights(settings))), freeze_batchnorm=True, **{"lr": 3e-3, **options})
-
-
 def _waterbirds_full(settings: Settings, **options: Any) -> GroupedDataModule:
     half, workers = (0.5, 0.5, 0.5), min(8, os.cpu_count() or 1)
     options = {"resize": 180, "crop": 180, "mean": half, "std": half, "num_workers": workers, **options}
@@ -415,16 +405,9 @@ def _waterbirds_full(settings: Settings, **options: Any) -> GroupedDataModule:
 
 
 def _waterbirds_full_module(settings: Settings, **options: Any) -> Classifier:
-    from benchmarks.waterbirds import pretrained
-
-    network = pretrained(mobilenet_weights(settings))
+    network = make_backbone(_MOBILENET, weights_file(_MOBILENET, settings))
     network.classifier = torch.nn.Linear(1280, 2)
     return Classifier(network, freeze_batchnorm=True, **{"lr": 3e-3, **options})
-
-
-def mobilenet_weights(settings: Settings) -> Path:
-    """``--weights``, or ``mobilenetv2_100/model.safetensors`` below ``--data-root``."""
-    return settings.weights or settings.root("waterbirds") / "mobilenetv2_100" / "model.safetensors"
 
 
 def _cnn(in_chans: int) -> Callable[..., Classifier]:
@@ -447,23 +430,79 @@ def _resnet(settings: Settings, **options: Any) -> Classifier:
     return Classifier("resnet10t", in_chans=1, model_kwargs=shape, **{"lr": 0.05, **options})
 
 
+def _digits_sources(settings: Settings) -> list[str]:
+    return ["data: scikit-learn's load_digits (Optical Recognition of Handwritten Digits, UCI; CC BY 4.0)"]
+
+
+def _mnist_sources(settings: Settings) -> list[str]:
+    return [f"data: {settings.data_root}/MNIST/raw (MNIST; CC BY-SA 3.0)"]
+
+
+def _pair_sources(settings: Settings) -> list[str]:
+    fashion = f"data: {settings.data_root}/FashionMNIST/raw (Fashion-MNIST; MIT)"
+    return [*_mnist_sources(settings), fashion]
+
+
 _PAIR = ("MNIST/raw", "FashionMNIST/raw")
 _BIRDS = ("waterbirds_v1.0/metadata.csv",)
+
+
+def _waterbirds_task(name: str, backbone: str) -> Task:
+    return Task(
+        name,
+        10,
+        partial(waterbirds.make_data, backbone),
+        partial(waterbirds.make_module, backbone),
+        _BIRDS,
+        check=partial(weights_file, backbone),
+        sources=partial(waterbirds.sources, backbone),
+    )
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("digits", 20, _digits, _cnn(3), threads=1),
-        Task("digits_balanced", 20, _digits_balanced, _cnn(3), threads=1),
-        Task("colored_mnist", 10, _colored_mnist, _cnn(3), ("MNIST/raw",)),
-        Task("dominoes", 10, _dominoes(0.95), _resnet, _PAIR),
-        Task("dominoes99", 10, _dominoes(0.99), _resnet, _PAIR),
-        Task("dominoes_shirts", 10, _dominoes(0.95, mnist_classes=(3, 8), fashion_classes=(2, 6)), _resnet, _PAIR),
-        Task("dominoes_vit", 15, _dominoes(0.95), _vit, _PAIR),
-        Task("waterbirds", 10, _waterbirds, _waterbirds_module, _BIRDS, pretrained=True),
-        Task("waterbirds_full", 30, _waterbirds_full, _waterbirds_full_module, _BIRDS, pretrained=True, gpu=True),
+        Task("digits", 20, _digits, _cnn(3), threads=1, sources=_digits_sources),
+        Task("digits_balanced", 20, _digits_balanced, _cnn(3), threads=1, sources=_digits_sources),
+        Task("colored_mnist", 10, _colored_mnist, _cnn(3), ("MNIST/raw",), sources=_mnist_sources),
+        Task("dominoes", 10, _dominoes(0.95), _resnet, _PAIR, sources=_pair_sources),
+        Task("dominoes99", 10, _dominoes(0.99), _resnet, _PAIR, sources=_pair_sources),
+        Task(
+            "dominoes_shirts",
+            10,
+            _dominoes(0.95, mnist_classes=(3, 8), fashion_classes=(2, 6)),
+            _resnet,
+            _PAIR,
+            sources=_pair_sources,
+        ),
+        Task("dominoes_vit", 15, _dominoes(0.95), _vit, _PAIR, sources=_pair_sources),
+        _waterbirds_task("waterbirds", _MOBILENET),
+        _waterbirds_task("waterbirds_lite0", _LITE0),
+        Task(
+            "waterbirds_full",
+            30,
+            _waterbirds_full,
+            _waterbirds_full_module,
+            _BIRDS,
+            check=partial(weights_file, _MOBILENET),
+            sources=partial(waterbirds.sources, _MOBILENET),
+            gpu=True,
+        ),
+        Task("solar", 10, solar.make_data, solar.make_module, check=solar.check, sources=solar.sources),
+        Task(
+            "sentiment",
+            3,
+            sentiment.make_data,
+            sentiment.make_module,
+            sentiment.FILES,
+            check=sentiment.check,
+            sources=sentiment.sources,
+        ),
     )
 }
 """The data sets by name; ``--data all`` is all that need no GPU."""
+BACKBONES = {_MOBILENET: "waterbirds", _LITE0: "waterbirds_lite0"}
+"""What ``--data waterbirds --backbone NAME`` means."""
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:

@@ -156,7 +156,7 @@ def monitor(options: argparse.Namespace) -> list[dict[str, Any]]:
     import timm
     from torch.utils.data import DataLoader, TensorDataset
 
-    from benchmarks.waterbirds import Tail
+    from benchmarks.backbones import Tail
     from demem.callbacks import ActivationDiversityMonitor
     from demem.module import Classifier
 
