@@ -55,7 +55,7 @@ def dfr(experiment: Experiment) -> Outcome:
     z, y, group = (part["val"] for part in (features.z, features.y, features.group))
     rng = np.random.default_rng(experiment.seed)
     first, second = halves(group, experiment.seed)
-    subset = first[_balanced_subset(group[first], rng)]
+    subset = first[_as_many_of_each(group[first], rng)]
 
     def score(c: float) -> float:
         weight, bias = _l1_head(z[subset], y[subset], c)
@@ -64,14 +64,14 @@ def dfr(experiment: Experiment) -> Outcome:
     c = max(C, key=score)
     heads = []
     for _ in range(SUBSETS):
-        chosen = _balanced_subset(group, rng)
+        chosen = _as_many_of_each(group, rng)
         heads.append(_l1_head(z[chosen], y[chosen], c))
     mean = tuple(torch.stack(parts).mean(0) for parts in zip(*heads, strict=True))
     config = {"penalty": "l1", "c": c, "subsets": SUBSETS, "head_on": experiment.held_out}
     return features.outcome((mean[0], mean[1]), config)
 
 
-def _balanced_subset(group: Tensor, rng: np.random.Generator) -> Tensor:
+def _as_many_of_each(group: Tensor, rng: np.random.Generator) -> Tensor:
     """Positions of as many random examples of each group as the smallest group has."""
     members: Sequence[np.ndarray] = [np.flatnonzero(group.numpy() == g) for g in group.unique().tolist()]
     smallest = min(len(m) for m in members)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from demem.groups import largest_groups
 from demem.linear import LinearHead
-from demem.removal import Examples, choose_round, clearly_better, largest_groups, remove_in_rounds, worst_group
+from demem.removal import Examples, choose_round, clearly_better, remove_in_rounds, worst_group
 
 
 def _examples(n, share, seed, width=40):

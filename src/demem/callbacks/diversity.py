@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from demem.callbacks._passes import gather_rows
 from demem.measures import Binning, Diversity, mean_mi, measure_diversity, reservoir_compact, reservoir_keys
+from demem.run import gather_rows
 from demem.sites import ActivationReader, Reduce, Site, default_sites, find_sites
 
 

@@ -7,14 +7,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from demem.batch import as_logits, form_of, unpack_batch
-from demem.callbacks._passes import examples, find_grouper, first_loader, has_positions, in_extra_pass, sampler_of
 from demem.metrics import (
     adjusted_average_accuracy_compute,
     average_accuracy_compute,
@@ -22,6 +19,7 @@ from demem.metrics import (
     group_accuracy_update,
     worst_group_accuracy_compute,
 )
+from demem.run import draws_evenly, examples, find_grouper, first_loader, in_extra_pass, isolated_rng
 from demem.sites import find_head
 
 
@@ -103,7 +101,7 @@ class WorstGroupMonitor(Callback):
             except (TypeError, ValueError):
                 self._miss_sizes()
                 group = None
-            if group is not None and "sizes" not in self._counts and _draws_unevenly(loader):
+            if group is not None and "sizes" not in self._counts and not draws_evenly(loader):
                 self._count_data_set(trainer, pl_module, loader)
             elif group is not None:
                 self._add("sizes", torch.bincount(group))
@@ -295,7 +293,7 @@ class WorstGroupMonitor(Callback):
 
     def _count_data_set(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]) -> None:
         try:
-            with isolate_rng():
+            with isolated_rng():
                 for _, batch in examples(trainer, pl_module, loader):
                     if batch.group is not None:
                         self._add("sizes", torch.bincount(batch.group))
@@ -343,15 +341,6 @@ def _is_sigmoid(output: Tensor, logits: Tensor) -> bool:
     if output.shape != logits.shape or output.shape[1] != 2 or bool(output[:, 0].any() or logits[:, 0].any()):
         return False
     return torch.allclose(output[:, 1].float(), logits[:, 1].float().sigmoid(), atol=0.005)
-
-
-def _draws_unevenly(loader: Any) -> bool:
-    """Whether the loader may draw some examples of its data set more often than others."""
-    if not isinstance(loader, DataLoader) or not has_positions(loader):
-        return False
-    sampler = sampler_of(loader)
-    even = (RandomSampler, SequentialSampler, SubsetRandomSampler, DistributedSampler)
-    return type(sampler) not in even or bool(getattr(sampler, "replacement", False))  # a subclass may do anything
 
 
 def _pad(counts: Tensor, size: int) -> Tensor:

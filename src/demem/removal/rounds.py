@@ -17,6 +17,7 @@ from demem.tracing import atypical_by_margin, linear_score, margins
 MASKED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.86, 0.9)
 # Keeps a group of a handful of examples (label noise) from ruling a balanced fit.
 SMOOTHING = 0.02
+TRACED = 500  # training examples of each group that units and heads are traced on, where there are more
 JUDGED_SUBSETS = 5  # for each of the heads that only judge a round
 FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
 FEWEST_ATYPICAL = 2  # examples of a class; a head balanced on fewer follows chance
@@ -29,6 +30,23 @@ class Examples(NamedTuple):
     features: Tensor
     y: Tensor
     group: Tensor
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What is kept of a round: enough to say what was done, small enough for a checkpoint.
+
+    Attributes:
+        refit: whether the head was refitted; not so for the network as trained.
+        share: fraction of the units that are masked.
+        worst: cross-fitted accuracy on the worst (true or inferred) group of the held-out examples, a fraction.
+        chosen: whether this round was kept.
+    """
+
+    refit: bool
+    share: float
+    worst: float
+    chosen: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,10 @@ class Round:
     worst: float
     standard_error: float
     refit: Callable[[], LinearHead]
+
+    def record(self, chosen: bool, refit: bool) -> RoundRecord:
+        """What to keep of the round."""
+        return RoundRecord(refit, self.share, self.worst, chosen)
 
     @cached_property
     def head(self) -> LinearHead:
@@ -85,8 +107,8 @@ def remove_in_rounds(
         trained: its head.
         num_classes: number of classes.
         shares: of the units to mask, growing, each in (0, 1).
-        typical: ``(C,)`` the typical group of each class (:func:`largest_groups`); held-out examples of other groups
-            are atypical.  Without it, and where a class has no others, the examples with the lowest margins are.
+        typical: ``(C,)`` the typical group of each class (:func:`demem.groups.largest_groups`); held-out examples of
+            other groups are atypical.  Without it, and where a class has no others, those with the lowest margins are.
         atypical_share: of each class, by margin.
         l2: see :func:`demem.linear.fit_linear`.
 
@@ -134,13 +156,6 @@ def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
     if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
         raise ValueError(f"Masked shares must grow and lie in (0, 1), got {list(shares)}.")
     return tuple(float(s) for s in shares)
-
-
-def largest_groups(y: Tensor, group: Tensor, num_classes: int) -> Tensor:
-    """``(C,)`` the largest group of each class; :math:`-1` for a class without examples."""
-    return torch.stack(
-        [(group[y == c].mode().values if bool((y == c).any()) else group.new_tensor(-1)) for c in range(num_classes)]
-    )
 
 
 def _atypical(held_out: Examples, typical: Tensor) -> Tensor:

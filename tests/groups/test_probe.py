@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from demem.tracing.shortcut import _sure, find_shortcut, probe_shortcut
+from demem.groups import find_shortcut, probe_shortcut
+from demem.groups.probe import _sure
 
 
 def _layers(n=2000, share=0.95, seed=0):

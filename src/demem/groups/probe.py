@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from demem.linear import LinearHead, balanced_weights, crossfit_logits, fit_linear
-from demem.tracing.atypical import margins
+from demem.tracing import margins
 
 PROBE_L2 = 1e-2
 PROGRESS = 0.8  # from chance to the best layer
