@@ -1,4 +1,8 @@
-"""Find the units that memorise: who is atypical, unit scores, critical units, the examples that were memorised."""
+"""Find the units that memorise: atypical examples, unit scores, critical units, memorised examples.
+
+All scores have the signature ``(model, sites, batches, *, atypical, ranks) → {site: (N,)}``, impacts on single examples
+``(model, sites, batches, *, ranks) → {site: (S, N)}``.  The model is left as it was.
+"""
 
 from demem.tracing.ablation import ablation_impact, set_unit
 from demem.tracing.activation_difference import activation_difference_score, median_difference

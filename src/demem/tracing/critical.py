@@ -1,4 +1,4 @@
-"""How many units must be removed to flip one example (Maini et al. 2023, the search for critical neurons)."""
+"""Count the units that must be removed to flip a prediction (Maini et al. 2023, the search for critical neurons)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class CriticalUnits(NamedTuple):
     """Result of :func:`critical_units`.
 
     Attributes:
-        removed: ``(S,)`` units removed when the prediction left the label; ``cap + 1`` where the cap did not do it, 0
-            for examples that were misclassified before.
-        units: ``(S, cap)`` the units in the order of removal, numbered through all sites, −1 where none.
+        removed: ``(S,)`` number of units removed until the prediction differed from the label; ``cap + 1`` where the
+            cap was not enough, 0 for examples that were misclassified before.
+        units: ``(S, cap)`` the units in the order of removal, numbered through all sites, −1 for none.
         offsets: ``{site: number of its first unit}``.
     """
 
@@ -32,25 +32,37 @@ class CriticalUnits(NamedTuple):
 
 
 def critical_units(model: nn.Module, sites: Sequence[Site], batch: Batch, cap: int = 20) -> CriticalUnits:
-    r"""Zero units one by one, for each example its own, until its prediction flips.
+    r"""Set units to zero one by one, separately for each example, until its prediction flips.
 
-    In every step an example's most helpful remaining unit goes: the one with the largest first-order rise of the
-    example's own loss, :math:`-\sum_p a \,\partial L / \partial a`, gradient taken with the units so far removed.  (For
-    a unit without bias this equals minus the paper's :math:`\sum w\,\partial L/\partial w` over the unit's weights.)
-    All examples of the batch take their step together; those that have flipped leave it.
+    Every step removes the unit with the largest first-order rise of the example's own loss,
+    :math:`-\sum_p a \,\partial L / \partial a`, with the gradient of the network without the units removed before.
+    For a unit without bias this equals minus the paper's :math:`\sum w\,\partial L/\partial w` over the unit's weights:
+    with :math:`a = w \cdot x`, :math:`\sum_j w_j\,\partial L/\partial w_j = \partial L/\partial a \sum_j w_j x_j`.
+    All examples of the batch take a step together; those that have flipped are not run again.
 
     Args:
-        model: run in evaluation mode and left as it was.
-        sites: whose units may be removed.
+        model: any module; run in evaluation mode and left as it was.
+        sites: sites whose units may be removed.
         batch: as many examples as fit in memory.
-        cap: most units to remove from one example.
+        cap: remove at most this many units from one example.
 
     Returns:
-        see :class:`CriticalUnits`.
+        See :class:`CriticalUnits`.
 
     Raises:
         ValueError: ``cap`` is not positive.
         RuntimeError: a site's layer did not run.
+
+    Source: Maini et al. 2023.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(3, 2, bias=False))
+        >>> model[0].weight.data = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.5, 0.0]])
+        >>> batch = Batch(torch.tensor([[3.0, 0.5, 0.0], [0.0, 1.0, 2.0], [-1.0, 0.0, 0.0]]), torch.tensor([0, 0, 0]))
+        >>> found = critical_units(model, find_sites(model, "0"), batch, cap=2)
+        >>> found.removed.tolist(), found.units[:2].tolist()
+        ([1, 1, 0], [[0, -1], [0, -1]])
     """
     if cap < 1:
         raise ValueError(f"cap must be positive, got {cap}.")
@@ -65,7 +77,7 @@ def critical_units(model: nn.Module, sites: Sequence[Site], batch: Batch, cap: i
             for step in range(cap + 1):
                 part = batch if len(active) == total else select_rows(batch, active)
                 gates.start(active)
-                # The last step needs no gradient: it only asks whether the cap was enough.
+                # The last step needs no gradient, because it only checks whether the cap was enough.
                 with torch.set_grad_enabled(step < cap):
                     logits = apply_model(model, part.x).float()
                     missing = [s.name for s in sites if s.name not in gates.offsets]
@@ -89,7 +101,7 @@ def critical_units(model: nn.Module, sites: Sequence[Site], batch: Batch, cap: i
 
 
 class _ExampleGates:
-    """A gate for every unit and every example, and the gradient of the loss with respect to it."""
+    """A gate g for every unit and example, and its gradient: ∂L/∂g = Σ_p a ∂L/∂a at g = 1."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = list(sites)
@@ -128,11 +140,11 @@ class _ExampleGates:
         wide = gate.repeat_interleave(site.channels_per_unit, 1) if site.channels_per_unit > 1 else gate
         shape = [1] * tensor.ndim
         shape[0], shape[axis] = len(self._active), tensor.shape[axis]
-        factor = site.examples_first(wide.to(tensor.dtype).view(shape))  # and back: it swaps the first two axes
+        factor = site.examples_first(wide.to(tensor.dtype).view(shape))  # its own inverse: it swaps two axes
         return tensor * factor
 
     def rise(self) -> Tensor:
-        """``(A, all units)``: first-order rise of the loss if the unit goes too; −∞ for units that are gone."""
+        """Compute the first-order rise of the loss if a unit is removed too, ``(A, units)``; −∞ for removed units."""
         columns = []
         for name in sorted(self.offsets, key=lambda n: self.offsets[n]):
             gate = self._gates[name]

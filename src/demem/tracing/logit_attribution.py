@@ -1,4 +1,8 @@
-"""Exact pruning impact of units that feed the classification head, where the logits are linear in them."""
+"""Attribute margins to the units that the classification head reads, where the logits are linear in the units.
+
+With the margin m = w_y · a + b_y − (w_o · a + b_o) against class o, setting unit i to c_i lowers m by exactly
+(a_i − c_i)(w_{y,i} − w_{o,i}): the direct logit attribution of the unit, here per example.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +30,34 @@ def linear_impact(
     other: Tensor | None = None,
     centre: Centre | Tensor = "mean",
 ) -> Tensor:
-    r"""What each unit adds to each example's margin, and what pruning it would take away.
+    r"""Compute the margin that each example loses when a unit before the head is ablated.
 
     .. math:: I_{si} = (a_{si} - c_i)\,(w_{y_s i} - w_{o_s i})
 
-    is exactly the margin lost by example :math:`s` when unit :math:`i` is set to :math:`c_i`, with the margin taken
-    against the class :math:`o_s` that was the strongest wrong one (with two classes there is no other).
+    is exactly the margin lost by example :math:`s` when unit :math:`i` is set to :math:`c_i`, with the margin against
+    the class :math:`o_s` that has the largest wrong logit before the ablation.
 
     Args:
-        features: ``(S, N)``, what the head reads.
-        weight: ``(C, N)``, the head's weight; ``(1, N)`` is read as the two rows ``(0, w)``.
+        features: ``(S, N)``, inputs of the head.
+        weight: ``(C, N)``, weight of the head; ``(1, N)`` is read as the two rows ``(0, w)``.
         y: ``(S,)`` class indices.
-        logits: ``(S, C)``, to tell the strongest wrong class; needed with three classes or more unless
-            ``other`` is given.
-        other: ``(S,)`` the wrong class to compare with.
-        centre: what the unit is set to: its mean over the examples, zero, or a tensor ``(N,)``.
+        logits: ``(S, C)``, to find the largest wrong logit; needed with three classes or more unless ``other`` is
+            given.
+        other: ``(S,)`` the wrong class o.
+        centre: the value c: ``"mean"`` over the examples, ``"zero"``, or a tensor ``(N,)``.
 
     Returns:
-        ``(S, N)`` in logit units.
+        ``(S, N)`` in logits, positive = the unit helps the example.
 
     Raises:
         ValueError: shapes do not fit, or the wrong class is not known.
+
+    Example:
+        >>> features, y = torch.tensor([[1.0, 2.0], [1.0, -2.0]]), torch.tensor([0, 0])
+        >>> weight = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+        >>> linear_impact(features, weight, y, centre="zero")  # unit 1 fails the second example
+        tensor([[ 1.,  2.],
+                [ 1., -2.]])
     """
     if weight.shape[0] == 1:
         weight = torch.cat([torch.zeros_like(weight), weight])
@@ -84,23 +95,27 @@ def linear_score(
     other: Tensor | None = None,
     centre: Centre | Tensor = "mean",
 ) -> Tensor:
-    """How much each unit hurts the atypical examples: minus its mean impact on them, averaged over their classes.
+    """Score units before the head: minus their mean impact on the atypical examples, averaged over the classes.
 
     Args:
-        features: ``(S, N)``, what the head reads, for held-out examples.
-        weight: ``(C, N)``.
+        features: ``(S, N)``, inputs of the head for held-out examples.
+        weight: ``(C, N)``, weight of the head.
         y: ``(S,)`` class indices.
-        atypical: bool ``(S,)``, from :mod:`demem.tracing.atypical`.
-        logits: see :func:`linear_impact`, as are ``other`` and ``centre`` (the mean is over all the examples given, not
-            only the atypical ones).
-        other: see :func:`linear_impact`.
-        centre: see :func:`linear_impact`.
+        atypical: bool ``(S,)``, e.g. from :func:`~demem.tracing.choose_atypical`.
+        logits, other, centre: see :func:`linear_impact`; the mean is over all examples, not only the atypical ones.
 
     Returns:
-        ``(N,)``, high = pruning the unit helps the atypical examples.
+        ``(N,)`` in logits, high = ablating the unit helps the atypical examples.
 
     Raises:
         ValueError: as :func:`linear_impact`, or nothing is atypical.
+
+    Example:
+        >>> core, spurious = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, -1.0])
+        >>> weight, y = torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), torch.zeros(4, dtype=torch.long)
+        >>> atypical = torch.tensor([False, False, False, True])
+        >>> linear_score(torch.stack([core, spurious], 1), weight, y, atypical, centre="zero")
+        tensor([-2.,  2.])
     """
     if atypical.shape != y.shape or atypical.dtype != torch.bool:
         raise ValueError(f"`atypical` must be a boolean mask of shape {tuple(y.shape)}.")
@@ -116,20 +131,31 @@ def head_impact(
     ablate: Ablate = "mean",
     ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
-    """:func:`linear_impact` of the units that a linear head reads, in one pass.
+    """Compute :func:`linear_impact` of the units that the head of a model reads, in one pass.
 
     Args:
         model: any module; left as it was.
-        sites: inputs of the linear layer that makes the logits, e.g. ``"fc:input"``.
+        sites: inputs of the linear layer that computes the logits, e.g. ``"fc:input"``.
         batches: examples.
-        ablate: what the unit is compared with, its mean over the examples or zero.
-        ranks: of a distributed run, for the mean.
+        ablate: set the unit to its mean over the examples, or to zero.
+        ranks: processes of a distributed run, for the mean.
 
     Returns:
         ``{site: (S, N)}`` in logits, positive = the unit helps the example.
 
     Raises:
         ValueError: a site is not the input of a linear layer with as many outputs as there are logits.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> x, y = torch.randn(8, 4), torch.arange(8) % 2
+        >>> impact = head_impact(model, find_sites(model, "2:input"), [Batch(x, y)], ablate="zero")["2:input"]
+        >>> logits = model(x)  # the impacts add up to the margin, but for the bias
+        >>> bias = model[2].bias[y] - model[2].bias[1 - y]
+        >>> margin = logits.gather(1, y[:, None])[:, 0] - logits.gather(1, 1 - y[:, None])[:, 0]
+        >>> torch.allclose(impact.sum(1) + bias, margin, atol=1e-5)
+        True
     """
     features, logits, y = read_features(model, sites, batches)
     impact = {}
