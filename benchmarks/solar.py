@@ -109,7 +109,7 @@ class SolarFeatures(GroupedDataModule):
     """
 
     def __init__(self, folder: str | Path, **options: Any) -> None:
-        super().__init__(num_classes=2, num_groups=4, **{"batch_size": 32, **options})
+        super().__init__(num_classes=2, num_groups=4, **{"batch_size": 16, **options})
         self.folder = Path(folder)
 
     def build(self) -> tuple[Any, Any, Any, Any]:
