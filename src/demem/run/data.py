@@ -175,7 +175,7 @@ class Split:
                     for name, values in function(batch, logits, reader.pop() if sites else {}).items():
                         columns.setdefault(name, []).append(values)
                     index.append(position)
-            except (TypeError, ValueError) as error:
+            except Exception as error:
                 unread = error
         if not self.trainer.strategy.reduce_boolean_decision(unread is None):  # all processes go the same way
             raise unread or ValueError("Another process could not read its batches.")
@@ -238,6 +238,11 @@ class RunData:
     def held_out(self) -> Split:
         """The examples of the first validation loader; refused if there is none."""
         return Split(self.trainer, self.pl_module, held_out_loader(self.trainer), self.model)
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether both data sets have positions; a stream may give another order in each pass."""
+        return self.train.has_positions and self.held_out.has_positions
 
     @property
     def head_input(self) -> Site:
