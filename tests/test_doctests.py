@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-ROOMS = ("batch", "linear", "measures", "metrics", "sites", "tracing")
+ROOMS = ("batch", "groups", "linear", "measures", "metrics", "removal", "sites", "tracing")
 
 
 def _public():

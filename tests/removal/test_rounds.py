@@ -164,3 +164,18 @@ def test_bad_input_is_refused():
     broken = train._replace(features=train.features * torch.nan)
     with pytest.raises(ValueError, match="NaN"):
         remove_in_rounds(broken, train, _head(broken), num_classes=2)
+
+
+def test_the_head_is_refitted_on_held_out_examples_alone():
+    train, group = _examples(400, 0.9, 0)
+    other, _ = _examples(400, 0.9, 5)
+    held_out, held_group = _examples(200, 0.5, 1)
+    held_out = held_out._replace(group=held_group)
+    heads = [
+        remove_in_rounds(examples, held_out, _head(train), num_classes=2, shares=())[1].head
+        for examples in (train._replace(group=group), other)
+    ]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    flipped = held_out._replace(y=1 - held_out.y)
+    head = remove_in_rounds(train, flipped, _head(train), num_classes=2, shares=())[1].head
+    assert not torch.equal(heads[0].weight, head.weight)

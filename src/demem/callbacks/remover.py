@@ -26,7 +26,7 @@ from demem.run import (
     remove_and_refit,
     resumed_within_epoch,
 )
-from demem.sites import Site, bake_gates, default_sites, find_head, find_sites
+from demem.sites import bake_gates, find_head
 
 _AFTER_VALIDATION = (
     "after the last validation. Run trainer.validate(model) for accuracies of it as it is now, and save a "
@@ -233,14 +233,7 @@ class MemorizationRemover(Callback):
     def _look(self, data: RunData) -> None:
         """Step 1, before training and, if the probe is a poor one, once more when the network has learned something."""
         first, again, epoch = self.groups, self._looks_again, data.trainer.current_epoch
-        found, positions = infer_groups_of_run(
-            data,
-            self._probe_sites(data),
-            self.detect,
-            use_groups=self.use_groups,
-            optional=self.probe_layers is None,
-            epoch=epoch,
-        )
+        found, positions = infer_groups_of_run(data, self.probe_layers, self.detect, self.use_groups, epoch)
         self._looks_again = found.many_errors and not again
         if again and first is not None:
             found = second_look(first, found)
@@ -250,14 +243,6 @@ class MemorizationRemover(Callback):
         self.groups, self._train_positions = found, positions
         if found is not first:
             self._tell(found)
-
-    def _probe_sites(self, data: RunData) -> list[Site]:
-        if self.probe_layers is not None:
-            return find_sites(data.pl_module, self.probe_layers)
-        sites = [site for site in default_sites(data.pl_module, self.head) if site.module is not data.head]
-        if not sites:  # a linear model: the head's input is all there is
-            return [data.head_input]
-        return [Site(f"{sites[0].name}:input", sites[0].module, "input"), *sites]
 
     def _tell(self, groups: Groups) -> None:
         if self._looks_again:

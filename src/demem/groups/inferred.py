@@ -127,6 +127,13 @@ def known_groups(
         y, held_out_y: ``(S,)`` and ``(H,)`` classes.
         held_out_group: ``(H,)`` true groups; those that span classes (attributes) are crossed with the class.
         epoch: epochs of training that went before.
+
+    Example:
+        >>> from demem.groups import probe_shortcut
+        >>> x, y = torch.tensor([[0.0], [1.0]]).repeat(8, 1), torch.tensor([0, 0, 1, 1]).repeat(4)
+        >>> attribute = torch.tensor([0, 1]).repeat(8)  # known of the held-out examples, here the same as the others
+        >>> known_groups(probe_shortcut(x, y, 2), x, y, x, y, attribute).sizes
+        [4, 4, 4, 4]
     """
     group = _within_classes(held_out_y, held_out_group)
     logits = fit_linear(held_out_features, group, balanced_weights(group), _KNOWN_L2)(features)
@@ -152,6 +159,12 @@ def second_look(first: Groups, second: Groups) -> Groups:
     Args:
         first: before training.
         second: after an epoch.
+
+    Example:
+        >>> groups = torch.zeros(2, dtype=torch.long)
+        >>> first = Groups(groups, groups, groups, groups, 2, "layer1", 0.3, 0.9, True)
+        >>> second_look(first, replace(first, error=0.05, epoch=1)).epoch
+        1
     """
     if second.error <= FEW_ERRORS * _chance(second.num_classes):
         return second

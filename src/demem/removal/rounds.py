@@ -118,6 +118,13 @@ def remove_in_rounds(
     Raises:
         ValueError: shares do not grow or are outside (0, 1); a class is absent from the held-out examples; features
             are not finite.
+
+    Example:
+        >>> y = torch.arange(80) % 2
+        >>> examples = Examples(y[:, None] + 0.1 * torch.randn(80, 4), y, y)
+        >>> trained = LinearHead(torch.zeros(2, 4), torch.zeros(2))
+        >>> [round_.share for round_ in remove_in_rounds(examples, examples, trained, num_classes=2, shares=(0.5,))]
+        [0.0, 0.0, 0.5]
     """
     check_shares(shares)
     missing = sorted(set(range(num_classes)) - set(held_out.y.tolist()))
@@ -152,7 +159,12 @@ def remove_in_rounds(
 
 
 def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
-    """The shares, or a :class:`ValueError` if they do not grow or are outside (0, 1)."""
+    """The shares, or a :class:`ValueError` if they do not grow or are outside (0, 1).
+
+    Example:
+        >>> check_shares([0.2, 0.5])
+        (0.2, 0.5)
+    """
     if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
         raise ValueError(f"Masked shares must grow and lie in (0, 1), got {list(shares)}.")
     return tuple(float(s) for s in shares)
@@ -176,6 +188,11 @@ def clearly_better(right: Tensor, than: Tensor, cell: Tensor) -> bool:
         right: ``(S,)`` bool, whether the head is right on each example.
         than: the same of the other head.
         cell: ``(S,)`` indices.
+
+    Example:
+        >>> right = torch.ones(40, dtype=torch.bool)
+        >>> clearly_better(right, ~right, torch.arange(40) % 2), clearly_better(right, right, torch.arange(40) % 2)
+        (True, False)
     """
     difference = right.float() - than.float()
     cells = [difference[cell == k] for k in _judged(cell)]
@@ -205,6 +222,14 @@ def choose_round(
         typical: ``(C,)`` the typical group of each class.
         tolerance: see above.
         groups_known: the held-out examples' groups say more than their classes.
+
+    Example:
+        >>> y = torch.arange(80) % 2
+        >>> examples = Examples(y[:, None] + 0.1 * torch.randn(80, 4), y, 2 * y + (torch.arange(80) < 20))
+        >>> trained = LinearHead(torch.zeros(2, 4), torch.zeros(2))
+        >>> rounds = remove_in_rounds(examples, examples, trained, num_classes=2, shares=(0.5,))
+        >>> choose_round(rounds, examples, torch.tensor([0, 2]))  # refitted, and nothing masked
+        1
     """
     best = max(rounds[1:], key=lambda r: r.worst)
     refit = next(i for i, r in enumerate(rounds) if i > 0 and r.worst >= best.worst - tolerance * best.standard_error)
@@ -225,8 +250,16 @@ def _judged(group: Tensor) -> list[int]:
 
 
 def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> tuple[float, float]:
-    """Accuracy on the worst group and its standard error; groups of fewer than 5 examples are too few to judge and left
-    out, unless there are no others."""
+    """Accuracy on the worst group and its standard error, both fractions.
+
+    Groups of fewer than 5 examples are too few to judge and left out, unless there are no others.
+
+    Example:
+        >>> y, group = torch.zeros(20, dtype=torch.long), torch.arange(20) // 10
+        >>> logits = torch.eye(2)[group]  # the second group is taken for another class
+        >>> worst_group(logits, y, group)[0]
+        0.0
+    """
     return _worst(logits.argmax(1) == y, group)
 
 

@@ -69,7 +69,7 @@ def remove_and_refit(
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = broadcast(choose(rounds, held_out, groups))
-    records = [round_.record(chosen=i == chosen, refit=i > 0) for i, round_ in enumerate(rounds)]
+    records = broadcast([round_.record(chosen=i == chosen, refit=i > 0) for i, round_ in enumerate(rounds)])
     if chosen == 0:
         return records, 0
     write_head(data.head, broadcast(rounds[chosen].head))

@@ -10,7 +10,7 @@ from torch import Tensor
 from demem.groups import Groups, ShortcutProbe, class_error, infer_groups, known_groups
 from demem.run.data import Rows, RunData
 from demem.run.head import read_head
-from demem.sites import Site
+from demem.sites import Site, default_sites, find_sites
 
 CHOSEN_ON = 20_000  # training examples that the probed layer is chosen on: those of all layers are in memory at once
 LEARNED_ON, AT_CHANCE = 2_000, 0.8  # the network counts as untrained while its error on 2,000 exceeds 0.8 × chance
@@ -19,7 +19,7 @@ Detect = Callable[[Mapping[str, Tensor], Tensor, int], ShortcutProbe]
 
 
 def infer_groups_of_run(
-    data: RunData, sites: Sequence[Site], detect: Detect, *, use_groups: bool, optional: bool, epoch: int
+    data: RunData, layers: str | Sequence[str] | None, detect: Detect, use_groups: bool, epoch: int
 ) -> tuple[Groups, Tensor]:
     """Probe the layers on the training examples, and give these and the held-out examples a group.
 
@@ -27,10 +27,10 @@ def infer_groups_of_run(
 
     Args:
         data: of the run.
-        sites: layers to probe, shallow ones first.
+        layers: patterns (:func:`demem.sites.find_sites`) of the layers to probe, shallow ones first; ``None`` takes the
+            input of the first block or layer, and the outputs of those blocks, stages or layers that run.
         detect: gives the probe for ``{site: (S, N)}``, classes and their number, as :func:`demem.groups.find_shortcut`.
         use_groups: the true groups of the held-out examples are used.
-        optional: leave out layers that do not run, or do not give one row per example.
         epoch: epochs of training that went before.
 
     Returns:
@@ -41,6 +41,7 @@ def infer_groups_of_run(
             or as :meth:`demem.run.Split.read`.
     """
     what, classes = "finding the shortcut", data.num_classes
+    sites, optional = _sites(data, layers), layers is None
     probe, train, site = _probe(data, sites, detect, optional, what)
     held_out = data.held_out.read([site], what, optional=optional)
     check_classes(held_out.y, classes, "validation")
@@ -80,6 +81,15 @@ def check_classes(y: Tensor, num_classes: int, where: str) -> None:
             f"Of class {few} there are fewer than two among the {len(y)} {where} examples, so its units cannot be "
             f"traced. Use a {where} set with every class (are the batches limited, or the set sorted by class?)."
         )
+
+
+def _sites(data: RunData, layers: str | Sequence[str] | None) -> list[Site]:
+    if layers is not None:
+        return find_sites(data.pl_module, layers)
+    sites = [site for site in default_sites(data.pl_module, data.head_name) if site.module is not data.head]
+    if not sites:  # a linear model: the head's input is all there is
+        return [data.head_input]
+    return [Site(f"{sites[0].name}:input", sites[0].module, "input"), *sites]
 
 
 def _check_range(y: Tensor, num_classes: int, where: str) -> None:
