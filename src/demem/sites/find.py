@@ -321,7 +321,7 @@ def _make_site(layers: Mapping[str, nn.Module], name: str, suffix: str) -> Site:
         projection = _head_projection(module)
         if projection is None:
             raise ValueError(
-                f"{name!r} ({type(module).__name__}) has no attention heads that can be told apart: ':heads' needs "
+                f"{name!r} ({type(module).__name__}) has no attention heads that can be separated: ':heads' needs "
                 "a module with 'num_heads' and a linear output projection called 'proj', 'out_proj' or 'out' that "
                 "is called as a layer (nn.MultiheadAttention calls its projection by function)."
             )

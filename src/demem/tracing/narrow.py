@@ -248,9 +248,9 @@ def add(a: Narrow | None, b: Narrow | None, kept: tuple[Any, Any], rows: Rows) -
             a.axis == b.axis and a.channels.shape == b.channels.shape and bool((a.channels == b.channels).all())
         )
         return a._replace(value=a.value + b.value) if same else None
-    narrow, other = (a, kept[1]) if a is not None else (b, kept[0])
-    assert narrow is not None  # a rule is asked only where something changed
-    return narrow._replace(value=narrow.value + channels_of(other, narrow, rows.example))
+    if a is not None:
+        return a._replace(value=a.value + channels_of(kept[1], a, rows.example))
+    return b and b._replace(value=b.value + channels_of(kept[0], b, rows.example))
 
 
 _ACTIVATIONS = (
@@ -289,7 +289,7 @@ METHODS: dict[str, Rule] = {
 
 
 def rule_of(node: fx.Node, layer: nn.Module | None) -> Rule | None:
-    """Look up the rule of an operation on one tensor; ``None`` if it is to be run as it is."""
+    """Look up the rule of an operation on one tensor; ``None`` if it has none and is run on all rows."""
     if node.op == "call_module" and layer is not None:
         return None if has_hooks(layer) else MODULES.get(type(layer))
     if node.op == "call_function":
