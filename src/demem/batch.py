@@ -176,11 +176,35 @@ def _to_group(extra: Any, size: int, grouper: Callable[[Tensor], Tensor] | None)
         else:
             return None
     if extra.shape != (size,) or extra.is_floating_point():
-        raise ValueError(f"Groups must be integers of shape ({size},), got {extra.dtype} {tuple(extra.shape)}.")
+        raise ValueError(
+            f"Groups must be integers of shape ({size},), got {extra.dtype} {tuple(extra.shape)}. If the third part of "
+            "(x, y, …) is no group, define `unpack_batch(self, batch)` on your LightningModule and return (x, y, None)."
+        )
     if extra.numel() and int(extra.min()) < 0:
         raise ValueError(f"Groups must be indices from 0 up, got {int(extra.min())}.")
     group: Tensor = extra.long()
     return group
+
+
+def has_group_part(batch: Any, module: nn.Module | None = None) -> bool:
+    """Whether a batch has something in the place of groups, be it readable or not.
+
+    Args:
+        batch: what a data loader yields, of a form that :func:`unpack_batch` reads.
+        module: if it has an ``unpack_batch`` method, that alone decides what a group is.
+
+    Example:
+        >>> has_group_part((torch.zeros(2, 3), torch.zeros(2), ["land", "water"]))
+        True
+        >>> has_group_part({"x": torch.zeros(2, 3), "y": torch.zeros(2)})
+        False
+    """
+    if callable(getattr(module, "unpack_batch", None)):
+        return False
+    if isinstance(batch, Mapping):
+        metadata = any(isinstance(batch.get(key), Tensor) for key in _METADATA_KEYS)
+        return metadata or any(key in batch for key in _GROUP_KEYS)
+    return len(batch) > 2 and isinstance(batch[2], Tensor | list | tuple)
 
 
 def form_of(batch: Any) -> str:

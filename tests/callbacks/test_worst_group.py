@@ -162,9 +162,20 @@ def test_runs_in_a_lightning_pytorch_trainer():
     assert float(trainer.callback_metrics["val/worst_group_acc"]) == pytest.approx(min(_truth(model)))
 
 
-def test_groups_missing_from_the_batch():
-    with pytest.raises(ValueError, match="needs groups, and the val batches have none"):
-        _trainer(callbacks=[WorstGroupMonitor()]).fit(OwnModule(), _loader(X, Y), _loader(X, Y))
+def test_without_groups_it_reports_classes_and_says_so_once():
+    model, monitor = OwnModule(), WorstGroupMonitor(train=True)
+    trainer = _trainer(callbacks=[monitor])
+    with pytest.warns(UserWarning, match="the val batches have no groups") as caught:
+        trainer.fit(model, _loader(X, Y), _loader(X, Y))
+    assert sum("have no groups" in str(w.message) for w in caught) == 1
+    right = (model(X).argmax(1) == Y).float()
+    assert monitor.history[-2]["stage"] == "val"
+    assert {k: v for k, v in monitor.history[-2].items() if "acc" in k} == pytest.approx(
+        {"avg_acc": float(right.mean()), "worst_class_acc": min(float(right[c == Y].mean()) for c in (0, 1))}
+    )
+    assert {k for k in trainer.callback_metrics if "acc" in k} == {
+        f"{stage}/{name}" for stage in ("train", "val") for name in ("avg_acc", "worst_class_acc")
+    }
 
 
 def test_groups_that_are_no_integers():
@@ -294,7 +305,7 @@ def test_sizes_are_those_of_the_data_set_however_it_is_sampled(sampled):
 
     others, monitor = [MemorizationRemover()] if sampled == "by the remover" else [], WorstGroupMonitor()
     model, sizes = fit([*others, monitor])
-    assert monitor._train_sizes.tolist() == sizes.tolist()
+    assert monitor.train_sizes.tolist() == sizes.tolist()
     if not others:  # the pass leaves the run as it is
         assert torch.equal(fit([])[0].net[0].weight, model.net[0].weight)
 
@@ -304,7 +315,7 @@ def test_outputs_of_the_removers_own_passes_are_not_kept():
         most = 0
 
         def on_train_batch_end(self, *args):
-            self.most = max(self.most, *map(len, monitor._seen.values()))
+            self.most = max(self.most, *map(len, monitor._predictions._seen.values()))
 
     monitor, held = WorstGroupMonitor(train=True), Held()
     trainer = _trainer(callbacks=[MemorizationRemover(), held, monitor])

@@ -28,7 +28,7 @@ from demem.measures.mutual_information import (
     mutual_information,
     mutual_information_from_codes,
 )
-from demem.measures.reservoir import reservoir_compact, reservoir_keys
+from demem.measures.reservoir import Reservoir, reservoir_compact, reservoir_keys
 
 __all__ = [
     "ActivationEntropy",
@@ -39,6 +39,7 @@ __all__ = [
     "HistogramEntropy",
     "KSGMutualInformation",
     "MutualInformation",
+    "Reservoir",
     "Summary",
     "TiesWarning",
     "UnitReport",

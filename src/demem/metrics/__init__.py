@@ -1,5 +1,6 @@
 """Worst-group accuracy and its relatives: functions first, torchmetrics classes on top."""
 
+from demem.metrics.collection import AccuracyReport, require_groups, without_update_warning
 from demem.metrics.functional import (
     adjusted_average_accuracy_compute,
     average_accuracy_compute,
@@ -11,17 +12,22 @@ from demem.metrics.group_accuracy import (
     AdjustedAverageAccuracy,
     AverageAccuracy,
     GroupAccuracy,
+    GroupSizes,
     WorstGroupAccuracy,
 )
 
 __all__ = [
+    "AccuracyReport",
     "AdjustedAverageAccuracy",
     "AverageAccuracy",
     "GroupAccuracy",
+    "GroupSizes",
     "WorstGroupAccuracy",
     "adjusted_average_accuracy_compute",
     "average_accuracy_compute",
     "group_accuracy_compute",
     "group_accuracy_update",
+    "require_groups",
+    "without_update_warning",
     "worst_group_accuracy_compute",
 ]

@@ -2,11 +2,13 @@
 
 from demem.sites.find import Site, check_finite, default_sites, find_head, find_sites, named_layers
 from demem.sites.gate import Gates, bake_gates, remove_gates
+from demem.sites.predictions import PredictionReader
 from demem.sites.read import ActivationReader, Reduce, eager, reduce_activation
 
 __all__ = [
     "ActivationReader",
     "Gates",
+    "PredictionReader",
     "Reduce",
     "Site",
     "bake_gates",
