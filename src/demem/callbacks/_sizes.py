@@ -100,7 +100,7 @@ class TrainingSizes:
             metric.to(trainer.strategy.root_device)
             metric.process_group = processes
         with without_update_warning():
-            sizes, unread = self._counts.compute().cpu(), float(self._unread.compute())
+            sizes, unread = self._counts.compute().flatten().cpu(), float(self._unread.compute())
         with suppress(ValueError):
             require_groups(sizes)
             return sizes[:0] if unread else sizes

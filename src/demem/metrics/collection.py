@@ -80,11 +80,12 @@ class AccuracyReport(nn.Module):
         self.by_group["adjusted_avg_acc"].weights = weights
         with without_update_warning():
             values: dict[str, Tensor] = {**self.by_group.compute(), **self.by_class.compute()}
-        sizes, accuracy = values.pop("group_size").cpu(), values.pop("group_acc")
+        sizes, accuracy = (values.pop(name).flatten() for name in ("group_size", "group_acc"))  # 0-d of one group
         require_groups(sizes)
+        present = sizes.nonzero().flatten().tolist()
         values = {name: value for name, value in values.items() if not bool(value.isnan())}
-        if len({*sizes.nonzero().flatten().tolist(), *weights.nonzero().flatten().tolist()}) > 1:
-            values.update({f"group_acc/{g}": accuracy[g] for g in sizes.nonzero().flatten().tolist()})
+        if len({*present, *weights.nonzero().flatten().tolist()}) > 1:
+            values.update({f"group_acc/{g}": accuracy[g] for g in present})
         return values
 
     @property

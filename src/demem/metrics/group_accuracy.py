@@ -100,6 +100,8 @@ class AdjustedAverageAccuracy(GroupAccuracy):
     weights: Tensor
 
     def __init__(self, weights: Sequence[float] | Tensor | None = None, **kwargs: Any) -> None:
+        if weights is None:
+            kwargs.setdefault("compute_with_cache", False)  # a value is out of date once the weights are there
         super().__init__(num_groups=None if weights is None else len(weights), **kwargs)
         known = torch.as_tensor(() if weights is None else weights, dtype=torch.float)
         self.register_buffer("weights", known, persistent=False)
