@@ -8,8 +8,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from demem.callbacks import ActivationDiversityMonitor, MemorizationRemover
-from demem.callbacks.worst_group import WorstGroupMonitor
+from demem.callbacks import ActivationDiversityMonitor, MemorizationRemover, WorstGroupMonitor
 from demem.data import GroupedDataModule
 from demem.module import Classifier
 

@@ -12,6 +12,7 @@ from demem.metrics import (
     GroupSizes,
     WorstGroupAccuracy,
     group_accuracy_update,
+    worst_group_accuracy,
 )
 from demem.metrics.functional import MAX_GROUPS
 
@@ -39,7 +40,17 @@ def test_agrees_with_a_loop_whatever_the_batches(rows):
         assert torch.isnan(got[g]) if accuracy is None else float(got[g]) == pytest.approx(accuracy)
     present = [a for a in expected if a is not None]
     assert float(worst.compute()) == pytest.approx(min(present))
+    assert torch.equal(worst_group_accuracy(preds, target, group), worst.compute())
     assert float(average.compute()) == pytest.approx(float((preds == target).float().mean()))
+
+
+def test_worst_group_of_one_set_of_examples():
+    logits = torch.tensor([[2.0, 0], [0, 2], [0, 2], [2, 0]])
+    target, group = torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 2, 2])  # no example of group 1
+    assert float(worst_group_accuracy(logits, target, group)) == 0.5
+    assert float(worst_group_accuracy(logits.argmax(1), target, target)) == pytest.approx(2 / 3)  # the worst class
+    none = torch.empty(0, dtype=torch.long)
+    assert torch.isnan(worst_group_accuracy(none, none, none))
 
 
 def test_logits_of_several_classes():

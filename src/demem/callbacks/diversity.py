@@ -10,9 +10,8 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from demem.callbacks._passes import first_loader, gather_rows
-from demem.callbacks._validating import validating_ranks
 from demem.measures import Binning, Diversity, Reservoir, mean_mi, measure_diversity
+from demem.run import first_loader, gather_rows, validating_ranks
 from demem.sites import ActivationReader, Reduce, Site, default_sites, find_sites
 
 

@@ -12,10 +12,8 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from demem.batch import form_of, has_group_part, unpack_batch
-from demem.callbacks._passes import find_grouper, first_loader, in_extra_pass
-from demem.callbacks._sizes import TrainingSizes
-from demem.callbacks._validating import validating_ranks
 from demem.metrics import AccuracyReport, require_groups
+from demem.run import TrainingSizes, find_grouper, first_loader, in_extra_pass, validating_ranks
 from demem.sites import PredictionReader
 
 

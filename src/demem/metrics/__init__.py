@@ -1,4 +1,4 @@
-"""Worst-group accuracy and its relatives: functions first, torchmetrics classes on top."""
+"""Worst-group, per-group, average and adjusted average accuracy: functions first, torchmetrics classes on top."""
 
 from demem.metrics.collection import AccuracyReport, require_groups, without_update_warning
 from demem.metrics.functional import (
@@ -6,6 +6,7 @@ from demem.metrics.functional import (
     average_accuracy_compute,
     group_accuracy_compute,
     group_accuracy_update,
+    worst_group_accuracy,
     worst_group_accuracy_compute,
 )
 from demem.metrics.group_accuracy import (
@@ -29,5 +30,6 @@ __all__ = [
     "group_accuracy_update",
     "require_groups",
     "without_update_warning",
+    "worst_group_accuracy",
     "worst_group_accuracy_compute",
 ]

@@ -30,11 +30,13 @@ class AccuracyReport(nn.Module):
     without any groups ``avg_acc`` and ``worst_class_acc``.  The metrics of each kind share their counts, which are
     summed over processes before they are divided.
 
-    ::
-
-        report = AccuracyReport()
-        report.update(logits, y, group)
-        report.compute(weights=torch.tensor([3498, 184, 56, 1057]))
+    Example:
+        >>> report = AccuracyReport()
+        >>> report.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), torch.tensor([0, 3, 1]))
+        >>> values = report.compute(weights=torch.tensor([90, 5, 5, 100]))
+        >>> {name: round(float(value), 2) for name, value in sorted(values.items())}  # doctest: +NORMALIZE_WHITESPACE
+        {'adjusted_avg_acc': 0.97, 'avg_acc': 0.67, 'group_acc/0': 1.0, 'group_acc/1': 0.0, 'group_acc/3': 1.0,
+         'worst_class_acc': 0.5, 'worst_group_acc': 0.0}
     """
 
     def __init__(self) -> None:
@@ -107,7 +109,13 @@ class AccuracyReport(nn.Module):
 
 @contextmanager
 def without_update_warning() -> Iterator[None]:
-    """Compute metrics that have seen no batch without torchmetrics' warning: one of several processes may have none."""
+    """Compute metrics that have seen no batch without torchmetrics' warning: one of several processes may have none.
+
+    Example:
+        >>> with without_update_warning():
+        ...     GroupSizes().compute()
+        tensor([], dtype=torch.int64)
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*was called before the ``update`` method")
         yield
@@ -121,6 +129,12 @@ def require_groups(sizes: Tensor) -> None:
 
     Raises:
         ValueError: there are at least 100 examples, and no two of them are in one group.
+
+    Example:
+        >>> require_groups(torch.tensor([3498, 184, 56, 1057]))
+        >>> require_groups(torch.ones(4795))
+        Traceback (most recent call last):
+        ValueError: Each of 4795 examples has a group of its own, so the third part of the batches is an index ...
     """
     examples = int(sizes.sum())
     if examples >= _TOO_MANY and int(sizes.max()) == 1:

@@ -1,4 +1,4 @@
-"""The functions of :mod:`demem.metrics.functional` as torchmetrics: counts are summed over batches and processes."""
+"""The functions of :mod:`demem.metrics` as torchmetrics, which sum the counts over batches and processes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,22 @@ from demem.metrics.functional import (
 class GroupAccuracy(Metric):
     """Accuracy of each group ``(G,)``, NaN for groups without examples.
 
-    Right under DDP: processes sum their counts, then divide (a mean of per-process accuracies would be wrong).
+    Processes sum their counts and divide once, because a mean of per-process accuracies would weight groups wrongly.
 
     Args:
-        num_groups: number of groups; ``None`` lets the counts grow with the groups that come, also where processes see
-            different ones.
+        num_groups: number of groups G; ``None`` lets the counts grow with the groups that come, also where processes
+            see different ones.
         kwargs: passed on to :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: ``num_groups`` is below 1; on update, see :func:`~demem.metrics.group_accuracy_update`.
+
+    Example:
+        >>> metric = GroupAccuracy(num_groups=2)
+        >>> metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+        >>> metric.update(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+        >>> metric.compute()
+        tensor([1.0000, 0.5000])
     """
 
     is_differentiable = False
@@ -61,26 +68,40 @@ class GroupAccuracy(Metric):
         self.correct, self.total = _add(self.correct, correct), _add(self.total, total)
 
     def compute(self) -> Tensor:
-        """The value over everything counted since the last reset, all processes together."""
+        """Compute the metric over all batches since the last reset, and over all processes."""
         return group_accuracy_compute(self.correct, self.total)
 
 
 class WorstGroupAccuracy(GroupAccuracy):
-    """Accuracy of the worst group that has examples (a scalar); multiclass, see :class:`GroupAccuracy`."""
+    """Accuracy of the worst group that has examples (a scalar); see :class:`GroupAccuracy`.
+
+    Example:
+        >>> metric = WorstGroupAccuracy(num_groups=3)  # no example of group 2
+        >>> metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), torch.tensor([0, 1, 1]))
+        >>> metric.compute()
+        tensor(0.5000)
+    """
 
     def compute(self) -> Tensor:
         return worst_group_accuracy_compute(self.correct, self.total)
 
 
 class AverageAccuracy(GroupAccuracy):
-    """Plain accuracy (a scalar) from the same counts as :class:`GroupAccuracy`."""
+    """Accuracy over all examples (a scalar), from the same counts as :class:`GroupAccuracy`."""
 
     def compute(self) -> Tensor:
         return average_accuracy_compute(self.correct, self.total)
 
 
 class GroupSizes(GroupAccuracy):
-    """Number of examples of each group ``(G,)``, int64, from the same counts as :class:`GroupAccuracy`."""
+    """Number of examples of each group ``(G,)``, int64, from the same counts as :class:`GroupAccuracy`.
+
+    Example:
+        >>> metric = GroupSizes()
+        >>> metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), torch.tensor([0, 2, 2]))
+        >>> metric.compute()
+        tensor([1, 0, 2])
+    """
 
     def compute(self) -> Tensor:
         return self.total
@@ -89,11 +110,12 @@ class GroupSizes(GroupAccuracy):
 class AdjustedAverageAccuracy(GroupAccuracy):
     """Mean of the groups' accuracies weighted by ``weights``, usually the groups' training sizes (a scalar).
 
-    NaN where no group with examples has a positive weight.
+    See :func:`~demem.metrics.adjusted_average_accuracy_compute` (Sagawa et al. 2020).  NaN where no group with examples
+    has a positive weight.
 
     Args:
-        weights: one for each group; ``None`` where they are not known yet: the counts grow, and the attribute
-            ``weights`` can be set at any time before :meth:`compute`.
+        weights: ``(G,)``; ``None`` if they are not known yet: the counts grow with the groups that come, and the
+            attribute ``weights`` can be set at any time before :meth:`compute`.
         kwargs: passed on to :class:`torchmetrics.Metric`.
     """
 
@@ -121,7 +143,7 @@ def _add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _gather_padded(counts: Tensor, group: Any = None) -> list[Tensor]:
-    """The counts of all processes, which may have seen different groups, in one length."""
+    """Gather the counts of all processes, which may have seen different groups, in one length."""
     parts = gather_all_tensors(counts, group)
     size = max(map(len, parts))
     return [pad(part, (0, size - len(part))) for part in parts]

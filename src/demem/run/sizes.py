@@ -7,15 +7,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
 from demem.batch import unpack_batch
-from demem.callbacks._passes import examples, find_grouper, first_loader, has_positions, sampler_of
 from demem.metrics import GroupSizes, require_groups, without_update_warning
+from demem.run.loaders import draws_evenly, find_grouper, first_loader, has_positions
+from demem.run.passes import examples, isolated_rng
 
 
 class TrainingSizes:
@@ -75,16 +74,16 @@ class TrainingSizes:
     def _needs_a_pass(self, loader: Any) -> bool:
         if not isinstance(loader, DataLoader) or not has_positions(loader):
             return False  # what it yields is all there is; it may be endless
-        return not self._from_the_start or _draws_unevenly(loader)
+        return not self._from_the_start or not draws_evenly(loader)
 
     def _count_data_set(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]) -> None:
         self.start_epoch()
-        with isolate_rng():
-            try:
+        try:
+            with isolated_rng():
                 for _, batch in examples(trainer, pl_module, loader):
                     self._count(batch.group)
-            except (TypeError, ValueError):
-                self._count(None)
+        except (TypeError, ValueError):
+            self._count(None)
         self.known = self._sum(trainer)
 
     def _count(self, group: Tensor | None) -> None:
@@ -105,10 +104,3 @@ class TrainingSizes:
             require_groups(sizes)
             return sizes[:0] if unread else sizes
         return sizes[:0]
-
-
-def _draws_unevenly(loader: DataLoader[Any]) -> bool:
-    """Whether the loader may draw some examples of its data set more often than others."""
-    sampler = sampler_of(loader)
-    even = (RandomSampler, SequentialSampler, SubsetRandomSampler, DistributedSampler)
-    return type(sampler) not in even or bool(getattr(sampler, "replacement", False))  # a subclass may do anything
