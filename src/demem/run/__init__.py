@@ -24,8 +24,9 @@ from demem.run.loaders import (
     train_loader,
 )
 from demem.run.passes import examples, in_extra_pass, isolated_rng, undisturbed
-from demem.run.processes import gather_rows, ranks_of
+from demem.run.processes import gather_rows, ranks_of, validating_ranks
 from demem.run.sampling import ReweightedSampler, reweight
+from demem.run.sizes import TrainingSizes
 from demem.run.stage import is_dry_run, is_last_step, resumed_within_epoch
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Rows",
     "RunData",
     "Split",
+    "TrainingSizes",
     "UnevenRows",
     "check_head",
     "draws_evenly",
@@ -60,5 +62,6 @@ __all__ = [
     "train_loader",
     "trained_parameters",
     "undisturbed",
+    "validating_ranks",
     "write_head",
 ]

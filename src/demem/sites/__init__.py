@@ -11,11 +11,13 @@ from demem.sites.find import (
     own_weight,
 )
 from demem.sites.gate import Gates, bake_gates, remove_gates
+from demem.sites.predictions import PredictionReader
 from demem.sites.read import ActivationReader, Reduce, deciding_heads, eager, reduce_activation
 
 __all__ = [
     "ActivationReader",
     "Gates",
+    "PredictionReader",
     "Reduce",
     "Site",
     "bake_gates",
