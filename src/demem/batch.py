@@ -28,6 +28,10 @@ _CONTRACT = (
     "forward(x) must take the inputs of a batch and return logits (B, C). If it takes the whole batch or several "
     "inputs, define `unpack_batch(self, batch)` on your LightningModule; a mapping x goes in as forward(**x)."
 )
+_OWN = (
+    "demem reads batches by a method of this name: let it take a batch and return (x, y), (x, y, group or None) or a "
+    "dict with these keys. If yours serves another purpose, give it another name."
+)
 
 
 class Batch(NamedTuple):
@@ -63,15 +67,10 @@ def unpack_batch(
     """
     own = getattr(module, "unpack_batch", None)
     if callable(own):
-        parts = tuple(own(batch))
-    elif isinstance(batch, Mapping):
-        parts = _from_mapping(batch, module)
-    elif isinstance(batch, list | tuple) and len(batch) in (2, 3):
-        parts = tuple(batch)
-    else:
-        raise TypeError(_unreadable(batch))
-    if len(parts) not in (2, 3) or not isinstance(parts[1], Tensor):
-        raise TypeError(_unreadable(batch))
+        batch = _call_own(own, batch)
+    parts = _from_mapping(batch, module) if isinstance(batch, Mapping) else batch
+    if not isinstance(parts, list | tuple) or len(parts) not in (2, 3) or not isinstance(parts[1], Tensor):
+        raise TypeError(_own_is_no_batch(own, batch) if callable(own) else _unreadable(batch))
     x, y, extra = (*parts, None)[:3]
     return Batch(x, _class_indices(y), _to_group(extra, len(y), grouper))
 
@@ -156,7 +155,22 @@ def as_logits(output: Any) -> Tensor:
     return torch.cat([torch.zeros_like(output), output], 1) if output.shape[1] == 1 else output
 
 
-def _from_mapping(batch: Mapping[str, Any], module: nn.Module | None) -> tuple[Any, Any, Any]:
+def _call_own(own: Callable[..., Any], batch: Any) -> Any:
+    try:
+        inspect.signature(own).bind(batch)
+    except ValueError:  # the signature of a compiled function is unknown
+        pass
+    except TypeError as error:
+        raise TypeError(f"unpack_batch(batch) cannot be called: {error}. {_OWN}") from error
+    return own(batch)
+
+
+def _own_is_no_batch(own: Callable[..., Any], batch: Any) -> str:
+    owner = type(getattr(own, "__self__", None)).__name__
+    return f"unpack_batch of {owner} returned {form_of(batch)}. {_OWN}"
+
+
+def _from_mapping(batch: Mapping[str, Any], module: nn.Module | None) -> tuple[Any, Any, Any] | None:
     def pick(keys: tuple[str, ...]) -> Any:
         return next((batch[k] for k in keys if k in batch), None)
 
@@ -172,9 +186,7 @@ def _from_mapping(batch: Mapping[str, Any], module: nn.Module | None) -> tuple[A
         first = key if key in names else next(iter(names), key)
         others = {k: batch[k] for k in names if k in batch and k not in (first, *_LABEL_KEYS, *_GROUP_KEYS)}
         x = {first: x, **others} if others else x
-    if x is None or y is None:
-        raise TypeError(_unreadable(batch))
-    return x, y, group
+    return None if x is None or y is None else (x, y, group)
 
 
 def _parameters(module: nn.Module) -> list[str]:
@@ -216,11 +228,35 @@ def _to_group(extra: Any, size: int, grouper: Callable[[Tensor], Tensor] | None)
         else:
             return None
     if extra.shape != (size,) or extra.is_floating_point():
-        raise ValueError(f"Groups must be integers of shape ({size},), got {extra.dtype} {tuple(extra.shape)}.")
+        raise ValueError(
+            f"Groups must be integers of shape ({size},), got {extra.dtype} {tuple(extra.shape)}. If the third part of "
+            "(x, y, …) is no group, define `unpack_batch(self, batch)` on your LightningModule and return (x, y, None)."
+        )
     if extra.numel() and int(extra.min()) < 0:
         raise ValueError(f"Groups must be indices from 0 up, got {int(extra.min())}.")
     group: Tensor = extra.long()
     return group
+
+
+def has_group_part(batch: Any, module: nn.Module | None = None) -> bool:
+    """Whether a batch has something in the place of groups, be it readable or not.
+
+    Args:
+        batch: what a data loader yields, of a form that :func:`unpack_batch` reads.
+        module: if it has an ``unpack_batch`` method, that alone decides what a group is.
+
+    Example:
+        >>> has_group_part((torch.zeros(2, 3), torch.zeros(2), ["land", "water"]))
+        True
+        >>> has_group_part({"x": torch.zeros(2, 3), "y": torch.zeros(2)})
+        False
+    """
+    if callable(getattr(module, "unpack_batch", None)):
+        return False
+    if isinstance(batch, Mapping):
+        metadata = any(isinstance(batch.get(key), Tensor) for key in _METADATA_KEYS)
+        return metadata or any(key in batch for key in _GROUP_KEYS)
+    return len(batch) > 2 and isinstance(batch[2], Tensor | list | tuple)
 
 
 def form_of(batch: Any) -> str:

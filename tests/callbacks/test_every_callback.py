@@ -6,7 +6,7 @@ import pickle
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_remover import TEST, TRAIN, Net, _fit, _loaders, _Save
+from test_remover import MANY, TEST, TRAIN, Net, _fit, _loaders, _Save
 from torch.utils.data import DataLoader
 
 import demem.callbacks
@@ -177,7 +177,9 @@ def test_a_dry_run_ends(name, tmp_path):
 @every_callback
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precisions(name, precision, tmp_path):
-    module, _ = _fit(SETTINGS[name](tmp_path), epochs=1, precision=precision)
+    callback = SETTINGS[name](tmp_path)
+    module, _ = _fit(callback, epochs=1, loaders=_loaders(val=MANY), precision=precision)
+    assert (getattr(callback, "fine_tuned_on", 0) > 0) == bool(getattr(callback, "fine_tune", 0))
     assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
 
 

@@ -334,19 +334,6 @@ def test_masked_units_have_the_weight_0(masks):
     assert int((module.net[4].weight == 0).all(0).sum()) == round(chosen * 16) == 8
 
 
-def test_resumed_run_equals_an_uninterrupted_one(masks, tmp_path):
-    whole, straight = MemorizationRemover(), None
-    straight, _ = _fit(whole, epochs=4)
-
-    _fit(MemorizationRemover(), epochs=4, callbacks=[_Save(1, tmp_path / "half.ckpt")])
-    second = MemorizationRemover()
-    resumed, _ = _fit(second, epochs=4, ckpt_path=tmp_path / "half.ckpt")
-    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6), name
-    assert second.rounds == whole.rounds
-    assert _same_groups(second.groups, whole.groups)
-
-
 def test_state_comes_back_and_holds_only_primitives(masks, tmp_path):
     remover = MemorizationRemover(shares=(0.5,))
     _, trainer = _fit(remover)
@@ -489,23 +476,6 @@ def test_model_built_in_configure_model():
     assert module.net[4].in_features == 16
 
 
-def test_runs_in_a_lightning_pytorch_trainer():
-    lightning = pytest.importorskip("lightning.pytorch")
-
-    class Own(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = Net().net
-
-        forward, training_step = Net.forward, Net.training_step
-        validation_step, configure_optimizers = Net.validation_step, Net.configure_optimizers
-
-    remover = MemorizationRemover()
-    _, trainer = _fit(remover, Own(), library=lightning)
-    assert remover.rounds
-    assert "removal/masked_share" in trainer.callback_metrics
-
-
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
 def test_timm_classifiers(name):
     options = dict(img_size=32, patch_size=8, depth=2) if name.startswith("vit") else {}
@@ -571,15 +541,6 @@ def test_without_a_validation_after_it_the_removal_is_announced(masks):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*without a validation after it")
         _fit(MemorizationRemover(shares=(0.5,)), epochs=3, check_val_every_n_epoch=3)
-
-
-def test_deepcopy_and_dry_run():
-    remover = MemorizationRemover()
-    module, _ = _fit(remover, fast_dev_run=True)
-    assert not remover.rounds  # two batches cannot be traced
-    copied = copy.deepcopy(module)
-    x = TEST.tensors[0]
-    assert torch.equal(copied(x), module(x))
 
 
 @pytest.mark.parametrize(

@@ -162,14 +162,6 @@ def test_iterable_held_out_data_is_not_tuned_on():
     assert remover.fine_tuned_on == 0
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true", "64-true"])
-def test_precisions(precision):
-    remover = MemorizationRemover()
-    module, _ = _fit(remover, loaders=_loaders(val=MANY), precision=precision)
-    assert remover.fine_tuned_on > 0
-    assert bool(_parameters(module).isfinite().all())
-
-
 def test_helps_where_the_features_lack_the_class(monkeypatch):
     # The class is so faint beside the shortcut that training hardly gives features for it: a refit finds none.
     train = _set(600, 0.98, 0)

@@ -25,7 +25,7 @@ from demem.measures.mutual_information import (
     mutual_information_from_codes,
 )
 from demem.measures.plots import plot_diversity, plot_entropy, plot_history, plot_mutual_information
-from demem.measures.reservoir import reservoir_compact, reservoir_keys
+from demem.measures.reservoir import Reservoir, reservoir_compact, reservoir_keys
 from demem.measures.streaming import (
     ActivationEntropy,
     ActivationRange,
@@ -43,6 +43,7 @@ __all__ = [
     "HistogramEntropy",
     "KSGMutualInformation",
     "MutualInformation",
+    "Reservoir",
     "Summary",
     "TiesWarning",
     "UnitTies",

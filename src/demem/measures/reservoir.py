@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -55,3 +56,59 @@ def reservoir_compact(keys: Tensor, rows: Tensor, capacity: int) -> tuple[Tensor
         return keys, rows
     keys, order = keys.sort(stable=True)
     return keys[:capacity], rows[order[:capacity].to(rows.device)]
+
+
+class Reservoir:
+    """A uniform sample of at most ``capacity`` of the rows that came, in the order in which they came.
+
+    It holds fewer than twice ``capacity`` rows and a batch: what is not of the sample is dropped only then, so that a
+    row is copied about twice, however many come.
+
+    Args:
+        capacity: most rows of the sample.
+        seed: of the draw, see :func:`reservoir_keys`.
+
+    Example:
+        >>> reservoir = Reservoir(capacity=200)
+        >>> for positions in torch.arange(1000).split(100):  # a stream
+        ...     reservoir.add(positions, positions[:, None].float())
+        >>> positions, rows = reservoir.sample()
+        >>> len(rows), abs(float(rows.mean()) - 499.5) < 50
+        (200, True)
+    """
+
+    def __init__(self, capacity: int, seed: int = 0) -> None:
+        self.capacity = capacity
+        self.seed = seed
+        self._positions: list[Tensor] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, positions: Tensor, rows: Tensor) -> None:
+        """Take in rows ``(B, N)`` with the integers ``(B,)`` that name them, e.g. positions in the data set."""
+        self._positions.append(positions)
+        self._rows.append(rows)
+        if sum(map(len, self._positions)) >= 2 * self.capacity:
+            self._compact()
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Positions ``(S,)`` and rows ``(S, N)``, with S at most ``capacity``.
+
+        Raises:
+            RuntimeError: nothing came.
+        """
+        if not self._rows:
+            raise RuntimeError("The reservoir has no rows yet: call add() first.")
+        self._compact()
+        return torch.cat(self._positions), torch.cat(self._rows)
+
+    def _compact(self) -> None:
+        sizes = [len(positions) for positions in self._positions]
+        if sum(sizes) <= self.capacity:
+            return
+        keys = reservoir_keys(torch.cat(self._positions), self.seed)
+        kept = torch.zeros_like(keys, dtype=torch.bool)
+        kept[keys.sort(stable=True).indices[: self.capacity]] = True
+        parts = torch.split(kept, sizes)
+        self._positions = [p[k] for p, k in zip(self._positions, parts, strict=True)]
+        for i, part in enumerate(parts):  # in place: no second copy of everything
+            self._rows[i] = self._rows[i][part.to(self._rows[i].device)]

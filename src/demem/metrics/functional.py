@@ -18,21 +18,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MAX_GROUPS = 2**20
+"""Most groups that are counted where nobody states their number; a larger index is an identifier, not a group."""
 
-def group_accuracy_update(preds: Tensor, target: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+
+def group_accuracy_update(
+    preds: Tensor, target: Tensor, group: Tensor, num_groups: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Count the correct and all examples of each group.
 
     Args:
-        preds: logits or probabilities ``(B, C)``, or predicted classes ``(B,)``.
+        preds: logits or probabilities ``(B, C)``, or predicted classes ``(B,)`` or ``(B, 1)``.
         target: class indices ``(B,)``.
         group: group indices ``(B,)`` in ``[0, num_groups)``.
-        num_groups: number of groups G.
+        num_groups: number of groups G; default: one more than the largest group index of the batch.
 
     Returns:
         ``correct`` and ``total``, both int64 of shape ``(G,)``.  The counts of several batches add up.
 
     Raises:
-        ValueError: shapes differ, scores are NaN or infinite, or a label or group is out of range.
+        ValueError: shapes differ, scores are NaN or infinite, predicted classes, labels or groups are fractional, a
+            label or group is out of range, or a group index without ``num_groups`` is 2²⁰ or more.
 
     Example:
         >>> preds, target, group = torch.tensor([[0, 1, 1], [0, 1, 0], [0, 0, 1]])
@@ -44,24 +50,35 @@ def group_accuracy_update(preds: Tensor, target: Tensor, group: Tensor, num_grou
         raise ValueError(
             f"target and group must have the same shape (B,), got {tuple(target.shape)} and {tuple(group.shape)}."
         )
-    if preds.ndim == 2 and not bool(torch.isfinite(preds).all()):
+    if preds.is_floating_point() and not bool(torch.isfinite(preds).all()):
         raise ValueError("preds hold NaN or infinity: the model diverged or its inputs are broken.")
     if preds.shape[:1] != target.shape or preds.ndim > 2:
         raise ValueError(f"preds must be (B, C) or (B,) with B = {len(target)}, got {tuple(preds.shape)}.")
+    last: float = torch.inf
+    if preds.ndim == 2 and preds.shape[1] > 1:
+        last = preds.shape[1] - 1
+        preds = preds.argmax(1)
+    target, group = _indices(target, "target must be class indices (B,)"), _indices(group, "group must be indices (B,)")
+    preds = _indices(preds.flatten(), "preds must be class indices (B,) or scores (B, C), one column for each class")
+    size = num_groups or 0
     if len(target):
         ends = torch.stack(torch.stack([target, group]).aminmax(dim=1))
         (least, lowest), (most, highest) = ends.tolist()  # one transfer from the device instead of four
-        last = preds.shape[1] - 1 if preds.ndim == 2 else float("inf")
         if least < 0 or most > last:
             raise ValueError(f"target must lie in 0 … {last}, got {least} … {most}.")
-        if lowest < 0 or highest >= num_groups:
-            raise ValueError(f"group must lie in 0 … {num_groups - 1}, got {lowest} … {highest}.")
-    if preds.ndim == 2:
-        preds = preds.argmax(1)
-    group = group.long()
-    total = torch.bincount(group, minlength=num_groups)
-    correct = torch.bincount(group[preds == target], minlength=num_groups)
+        if lowest < 0 or highest >= (num_groups or MAX_GROUPS):
+            hint = "" if num_groups else " Number the groups 0, 1, 2 … (torch.unique(ids, return_inverse=True))."
+            raise ValueError(f"group must lie in 0 … {(num_groups or MAX_GROUPS) - 1}, got {lowest} … {highest}.{hint}")
+        size = num_groups or highest + 1
+    total = torch.bincount(group, minlength=size)
+    correct = torch.bincount(group[preds == target], minlength=size)
     return correct, total
+
+
+def _indices(values: Tensor, rule: str) -> Tensor:
+    if values.is_floating_point() and not bool(((values == values.round()) & (values >= 0)).all()):
+        raise ValueError(f"{rule}, got fractional or negative numbers of shape {tuple(values.shape)}.")
+    return values.long()
 
 
 def group_accuracy_compute(correct: Tensor, total: Tensor) -> Tensor:
@@ -105,8 +122,7 @@ def worst_group_accuracy(preds: Tensor, target: Tensor, group: Tensor) -> Tensor
         >>> worst_group_accuracy(preds, target, group)  # the average is 0.75
         tensor(0.5000)
     """
-    num_groups = int(group.max()) + 1 if group.numel() else 1
-    return worst_group_accuracy_compute(*group_accuracy_update(preds, target, group, num_groups))
+    return worst_group_accuracy_compute(*group_accuracy_update(preds, target, group))
 
 
 def average_accuracy_compute(correct: Tensor, total: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ A callback of your own reads a run in three lines::
 """
 
 from demem.run.balance import rebalance
-from demem.run.cure import remove_and_refit, trained_parameters
+from demem.run.cure import read_examples, remove_and_refit, trained_parameters
 from demem.run.data import Rows, RunData, Split, UnevenRows
 from demem.run.detection import has_learned, infer_groups_of_run
 from demem.run.head import check_head, model_with_head, read_head, write_head
@@ -24,8 +24,9 @@ from demem.run.loaders import (
     train_loader,
 )
 from demem.run.passes import examples, in_extra_pass, isolated_rng, undisturbed
-from demem.run.processes import gather_rows, ranks_of
+from demem.run.processes import gather_rows, ranks_of, validating_ranks
 from demem.run.sampling import ReweightedSampler, reweight
+from demem.run.sizes import TrainingSizes
 from demem.run.stage import is_dry_run, is_last_step, resumed_within_epoch
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Rows",
     "RunData",
     "Split",
+    "TrainingSizes",
     "UnevenRows",
     "check_head",
     "draws_evenly",
@@ -50,6 +52,7 @@ __all__ = [
     "isolated_rng",
     "model_with_head",
     "ranks_of",
+    "read_examples",
     "read_head",
     "rebalance",
     "remove_and_refit",
@@ -59,5 +62,6 @@ __all__ = [
     "train_loader",
     "trained_parameters",
     "undisturbed",
+    "validating_ranks",
     "write_head",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from demem.run.loaders import held_out_loader
 from demem.tracing import Ranks
 
 
@@ -21,6 +24,21 @@ def gather_rows(trainer: pl.Trainer, positions: Tensor, rows: Tensor) -> Tensor:
     if trainer.world_size > 1:
         positions, rows = _all_gather(trainer, positions), _all_gather(trainer, rows)
     return rows[torch.argsort(positions.to(rows.device), stable=True)]
+
+
+def validating_ranks(trainer: pl.Trainer) -> list[int]:
+    """Find the processes whose validation loaders have batches; every process calls it, in ``on_train_start`` or later.
+
+    On the others (``allow_zero_length_dataloader_with_multiple_devices``) Lightning runs no hook of a validation at
+    all, so a hook which waits for every process there would wait for ever.
+    """
+    if trainer.world_size == 1:
+        return [0]
+    with suppress(ValueError):  # nobody validates
+        held_out_loader(trainer)
+    rank = torch.tensor([trainer.global_rank])
+    has_batches = torch.tensor([sum(trainer.num_val_batches) > 0], dtype=torch.long)
+    return [int(r) for r in gather_rows(trainer, rank, has_batches).nonzero()]
 
 
 def ranks_of(trainer: pl.Trainer) -> Ranks:

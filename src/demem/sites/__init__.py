@@ -6,15 +6,18 @@ from demem.sites.find import (
     default_sites,
     find_head,
     find_sites,
+    first_tensor,
     named_layers,
     own_weight,
 )
 from demem.sites.gate import Gates, bake_gates, remove_gates
+from demem.sites.predictions import PredictionReader
 from demem.sites.read import ActivationReader, Reduce, deciding_heads, eager, reduce_activation
 
 __all__ = [
     "ActivationReader",
     "Gates",
+    "PredictionReader",
     "Reduce",
     "Site",
     "bake_gates",
@@ -24,6 +27,7 @@ __all__ = [
     "eager",
     "find_head",
     "find_sites",
+    "first_tensor",
     "named_layers",
     "own_weight",
     "reduce_activation",
