@@ -63,6 +63,8 @@ CONFIDENT = 0.5  # quantile of the margins of right answers from which on the pr
 CELL = 20  # right answers of a class; with fewer there is nothing to compare a mistake with
 THRESHOLD = 2.5  # standard errors, of each of the two tests
 EXCESS = 1.5  # times the confident mistakes that normal margins explain
+TAIL = 3.0  # times as many confident hard examples as normal margins explain are left out of the second test
+FEWEST = 5  # confident mistakes that must remain
 MAX_HARD = 0.25  # of chance's error: a probe that knows so little follows no attribute
 MIN_SURPRISE = 0.2  # nats above 1: so many examples make less significant that it means nothing
 FEW_MISTAKES = 0.01  # of all examples
@@ -409,10 +411,10 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, quantile: float = CONFIDENT) -
     above = (count - explained) / math.sqrt(max(explained, 1.0))
     systematic = systematic_share(error, count / size, quantile)
     hard = error - systematic
-    # 2. Of the systematic ones, how many look like their label?  Hard ones do, too: as many of the smallest p as they
-    # explain are left out.
-    hard_and_sure = math.ceil(confident_hard_share(hard, quantile) * size)
-    tested = p[sure].sort().values[hard_and_sure:]
+    # 2. Of the systematic ones, how many look like their label?  Hard ones do, too, and real margins have heavier tails
+    # than normal ones: the smallest p are left out, three times as many as hard examples explain.
+    hard_and_sure = confident_hard_share(hard, quantile) * size
+    tested = p[sure].sort().values[math.ceil(TAIL * hard_and_sure) :]
     z = float((-tested.log() - 1).sum()) / math.sqrt(max(1, len(tested)))
     recovered = (1 - null_share(p[sure])) * count - hard_and_sure
     minority = systematic * max(0.0, recovered) / max(count, 1)
@@ -430,6 +432,8 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, quantile: float = CONFIDENT) -
         beyond = max(THRESHOLD - above, (EXCESS * explained - count) / math.sqrt(max(explained, 1.0)))
     elif hard > MAX_HARD * chance:
         kind, why, beyond = "undecided", "the probe knows too little to follow an attribute", 0.0
+    elif len(tested) < FEWEST:
+        kind, why, beyond = "undecided", "hard examples may explain the mistakes that it is sure of", 0.0
     elif z >= max(THRESHOLD, MIN_SURPRISE * math.sqrt(len(tested))):
         kind, why = "shortcut", "the probe is sure of its mistakes and a second look sides with the labels"
         beyond = z - THRESHOLD
