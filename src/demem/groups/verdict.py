@@ -65,7 +65,6 @@ THRESHOLD = 2.5  # standard errors, of each of the two tests
 EXCESS = 1.5  # times the confident mistakes that normal margins explain
 TAIL = 3.0  # times as many confident hard examples as normal margins explain are left out of the second test
 FEWEST = 5  # confident mistakes that must remain
-MAX_HARD = 0.25  # of chance's error: a probe that knows so little follows no attribute
 MIN_SURPRISE = 0.2  # nats above 1: so many examples make less significant that it means nothing
 FEW_MISTAKES = 0.01  # of all examples
 WIDTH, RIDGE, SMOOTHING, FITTED_ON = 256, 0.1, 0.1, 3_000
@@ -77,7 +76,7 @@ class Verdict:
 
     Attributes:
         kind: ``"shortcut"``: act on the groups.  ``"label noise"``, ``"hard examples"``, ``"nothing"``: train as usual.
-            ``"undecided"``: the probe or the second predictor knows too little; train as usual, and look again later.
+            ``"undecided"``: the evidence is too thin; train as usual, and look again later.
         confidence: probability, in [1/2, 1), that the test that decided falls on the same side again.
         why: one sentence with the figures.
         hard, noise, minority: estimated fractions of all examples, which sum to the probe's error.
@@ -399,7 +398,7 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, quantile: float = CONFIDENT) -
             "Expected logits (S, C) twice and labels (S,), got "
             f"{tuple(early.shape)}, {tuple(deep.shape)} and {tuple(y.shape)}."
         )
-    size, chance = len(y), 1 - 1 / early.shape[1]
+    size = len(y)
     mistake = early.argmax(1) != y
     confident, judged = confident_answers(early, y, quantile)
     p = resemblance(early, deep, y, quantile)
@@ -430,8 +429,6 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, quantile: float = CONFIDENT) -
     elif above < THRESHOLD or count < EXCESS * explained:
         kind, why = "hard examples", "the probe is unsure of its mistakes"
         beyond = max(THRESHOLD - above, (EXCESS * explained - count) / math.sqrt(max(explained, 1.0)))
-    elif hard > MAX_HARD * chance:
-        kind, why, beyond = "undecided", "the probe knows too little to follow an attribute", 0.0
     elif len(tested) < FEWEST:
         kind, why, beyond = "undecided", "hard examples may explain the mistakes that it is sure of", 0.0
     elif z >= max(THRESHOLD, MIN_SURPRISE * math.sqrt(len(tested))):
