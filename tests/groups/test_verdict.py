@@ -118,6 +118,12 @@ def test_hard_examples_do_not_turn_wrong_labels_into_a_shortcut():
     assert verdict.surprise > 1.2
 
 
+def test_what_an_ordinary_fit_gets_right_is_merely_hard():
+    made = Made(minority=0.05)
+    assert judge(made.early, made.deep, made.y, plain=made.deep).kind == "hard examples"
+    assert judge(made.early, made.deep, made.y, plain=made.early).kind == "shortcut"
+
+
 def test_hardly_any_mistakes():
     assert Made(hard=0.005).judge().kind == "nothing"
 

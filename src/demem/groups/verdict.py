@@ -65,6 +65,8 @@ THRESHOLD = 2.5  # standard errors, of each of the two tests
 EXCESS = 1.5  # times the confident mistakes that normal margins explain
 TAIL = 3.0  # times as many confident hard examples as normal margins explain are left out of the second test
 FEWEST = 5  # confident mistakes that must remain
+RESEMBLES = 0.05  # p up to which a mistake shows its label
+RIGHT_ANYWAY = 0.9  # of those: if an ordinary fit gets so many right, nothing misleads it
 MIN_SURPRISE = 0.2  # nats above 1: so many examples make less significant that it means nothing
 FEW_MISTAKES = 0.01  # of all examples
 WIDTH, RIDGE, SMOOTHING, FITTED_ON = 256, 0.1, 0.1, 3_000
@@ -365,7 +367,12 @@ def null_probability(p: Tensor) -> Tensor:
     return (null_share(p) / torch.tensor(slopes, device=p.device)).clamp(max=1).to(p)[where]
 
 
-def judge(early: Tensor, deep: Tensor, y: Tensor, quantile: float = CONFIDENT) -> Verdict:
+def _right_anyway(plain: Tensor, y: Tensor, rows: Tensor) -> bool:
+    right = (plain.argmax(1) == y)[rows].float()
+    return len(right) >= FEWEST and float(right.mean()) >= RIGHT_ANYWAY
+
+
+def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, quantile: float = CONFIDENT) -> Verdict:
     """Say what the mistakes of an early probe are.
 
     Args:
@@ -374,6 +381,9 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, quantile: float = CONFIDENT) -
             :func:`second_opinion` on the training examples before training, or on held-out examples a head that is
             balanced over the inferred groups and cross-fitted.
         y: ``(S,)`` class indices.
+        plain: ``(S, C)`` scores of the same predictor without the groups' weights (:func:`second_opinion` with
+            ``attribute=y``).  Where it gets right what the probe gets wrong, a network will, too, and these are hard
+            examples.
         quantile: see :func:`confident_answers`.
 
     Raises:
@@ -431,6 +441,8 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, quantile: float = CONFIDENT) -
         beyond = max(THRESHOLD - above, (EXCESS * explained - count) / math.sqrt(max(explained, 1.0)))
     elif len(tested) < FEWEST:
         kind, why, beyond = "undecided", "hard examples may explain the mistakes that it is sure of", 0.0
+    elif plain is not None and _right_anyway(plain, y, sure & (p <= RESEMBLES)):
+        kind, why, beyond = "hard examples", "an ordinary fit gets right what the probe gets wrong", 0.0
     elif z >= max(THRESHOLD, MIN_SURPRISE * math.sqrt(len(tested))):
         kind, why = "shortcut", "the probe is sure of its mistakes and a second look sides with the labels"
         beyond = z - THRESHOLD
