@@ -313,7 +313,7 @@ def make_data(settings: Settings, **options: Any) -> SentimentFeatures:
 
 def make_module(settings: Settings, **options: Any) -> Classifier:
     """The network of the comparison; ``options`` are those of ``Classifier``."""
-    return Classifier(Tail(load_minilm()), **{"optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-2, **options})
+    return Classifier(Tail(load_minilm()), **{"optimizer": "adam", "lr": 2e-4, "weight_decay": 1e-2, **options})
 
 
 def check(settings: Settings) -> None:
