@@ -488,7 +488,7 @@ TASKS: dict[str, Task] = {
             sources=partial(waterbirds.sources, _MOBILENET),
             gpu=True,
         ),
-        Task("solar", 20, solar.make_data, solar.make_module, check=solar.check, sources=solar.sources),
+        Task("solar", 10, solar.make_data, solar.make_module, check=solar.check, sources=solar.sources),
         Task(
             "sentiment",
             6,
