@@ -139,7 +139,7 @@ def test_figures_from_recorded_units_rounds_and_diversity(tmp_path):
         identity = {"data": "digits", "method": "demem", "tier": "T0", "held_out": "val", "seed": 0}
         impacts = {"typical": i, "atypical": -i, "typical_after": i, "atypical_after": i}
         append_jsonl(tmp_path / "units.jsonl", {**identity, "unit": i, **impacts, "gated": i > 5})
-        noted = {"refit": i > 0, "share": i / 10, "worst": 0.5, "test_worst": 0.4, "chosen": i == 3}
+        noted = {"refitted": i > 0, "share": i / 10, "worst": 0.5, "test_worst": 0.4, "chosen": i == 3}
         append_jsonl(tmp_path / "rounds.jsonl", {**identity, **noted})
         append_jsonl(tmp_path / "diversity.jsonl", {**identity, "epoch": i, "entropy": 2.0, "mutual_information": None})
     write_report(tmp_path)

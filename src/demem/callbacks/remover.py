@@ -50,8 +50,8 @@ class MemorizationRemover(Callback):
        equal numbers (:func:`demem.removal.remove_in_rounds`).  Masking while the layers below still learn is undone by
        them; that is why it comes last.  The network as trained stays where the refit has nothing to go by
        (:func:`demem.removal.choose_round`).
-    4. *Else* the whole network is fine-tuned on a balanced subset of the held-out examples, if there are enough
-       (:func:`demem.removal.fine_tune`).
+    4. *Unless it stayed as trained* the whole network is fine-tuned on a balanced subset of the held-out examples, if
+       there are enough (:func:`demem.removal.fine_tune`).
 
     Where another callback writes its own weights when training ends (averaged ones, or the best epoch's), steps 3 and 4
     are done again, on those.  The refitted head has the weight 0 at masked units; nothing of demem is in the network.
@@ -146,13 +146,20 @@ class MemorizationRemover(Callback):
         self._removed_at_step = int(state_dict["removed_at_step"])
 
     def detect(self, features: Mapping[str, Tensor], y: Tensor, num_classes: int) -> ShortcutProbe:
-        """Probe layers ``{site: (S, N)}`` of the training examples, shallow ones first, for the class ``(S,)``."""
+        """Probe layers ``{site: (S, N)}`` of the training examples, shallow ones first, for the class ``(S,)``.
+
+        One that always probes the same layer returns
+        ``probe_shortcut(features[site], y, num_classes, site=site)`` (:func:`demem.groups.probe_shortcut`).
+        """
         # After an epoch the layer that predicts the class best speaks for the network.
         progress = {"progress": 1.0} if self._looks_again else {}
         return find_shortcut(features, y, num_classes, **progress)
 
     def choose(self, rounds: Sequence[Round], held_out: Examples, groups: Groups) -> int:
-        """Index of the round to keep; 0 is the network as trained."""
+        """Index of the round (:class:`demem.removal.Round`) to keep; 0 is the network as trained.
+
+        ``held_out`` are :class:`demem.removal.Examples`: what the head reads, classes and groups.
+        """
         return choose_round(rounds, held_out, groups.typical, groups_known=groups.informative)
 
     # When
@@ -199,10 +206,10 @@ class MemorizationRemover(Callback):
         # Stopped early, by time or by a signal: nothing told that the last step was the last.
         if self._removed_at_step != trainer.global_step and not is_dry_run(trainer):
             self._remove(self._data(trainer, pl_module))
-        if self._unseen and any(record.chosen and record.refit for record in self.rounds):
+        if self._unseen and any(record.chosen and record.refitted for record in self.rounds):
             warnings.warn(
-                "As training ended before its last planned step, or without a validation after it, the network was "
-                f"refitted {_AFTER_VALIDATION}",
+                "MemorizationRemover: as training ended before its last planned step, or without a validation after "
+                f"it, the network was refitted {_AFTER_VALIDATION}",
                 stacklevel=2,
             )
 
@@ -220,8 +227,8 @@ class MemorizationRemover(Callback):
             self._remove(data)
             pl_module.to(device)
             warnings.warn(
-                "Another callback changed the weights when training ended, so units were removed anew, from the new "
-                f"weights, {_AFTER_VALIDATION}",
+                "MemorizationRemover: another callback changed the weights when training ended, so units were removed "
+                f"anew, from the new weights, {_AFTER_VALIDATION}",
                 stacklevel=2,
             )
         self._written = None
@@ -257,7 +264,7 @@ class MemorizationRemover(Callback):
         elif groups.known:
             found = "follows no shortcut"
         else:
-            found = "follows no shortcut, so that the network is trained as it would be without demem"
+            found = f"follows no shortcut ({groups.kind}), so that the network is trained as it would be without demem"
         rank_zero_info(f"demem: the probe of {groups.site!r} (error {groups.error:.2f}) {found}.")
 
     def _rebalance(self, data: RunData) -> None:
@@ -292,9 +299,22 @@ class MemorizationRemover(Callback):
                 f"MemorizationRemover leaves the network as it was trained, because {type(error).__name__}: {error}",
                 stacklevel=3,
             )
+        self._report()
         self._removed_at_step = data.trainer.global_step
         self._unseen = True
         self._written = data.head.weight.detach().cpu().clone()
+
+    def _report(self) -> None:
+        for kept in (record for record in self.rounds if record.chosen):
+            if not kept.refitted:
+                rank_zero_info("demem: the network stays as it was trained.")
+                continue
+            tuned = f"fine-tuned on {self.fine_tuned_on}" if self.fine_tuned_on else "not fine-tuned on"
+            rank_zero_info(
+                f"demem: the head was refitted (cross-fitted accuracy on the worst inferred group: "
+                f"{self.rounds[0].worst:.2f} → {kept.worst:.2f}), {kept.share:.0%} of its inputs masked, and the "
+                f"network {tuned} held-out examples."
+            )
 
     def export(self, model: nn.Module) -> nn.Module:
         """A copy of ``model`` (the LightningModule or the network in it) that is free of demem."""

@@ -4,8 +4,8 @@ Everything that has to know a ``Trainer`` is here: which loaders there are, in w
 rows of several processes are put together, how modes and random state are restored, and what Lightning keeps private.
 A callback of your own reads a run in three lines::
 
-    data = RunData(trainer, pl_module)
-    rows = data.held_out.read(default_sites(pl_module))
+    data = RunData(trainer, pl_module)  # the callback's arguments
+    rows = data.held_out.read(demem.sites.default_sites(pl_module))
     rows.y, rows.group, rows.activations["layer4"]  # (S,), (S,) or None, (S, N)
 """
 

@@ -69,7 +69,9 @@ def remove_and_refit(
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = broadcast(choose(rounds, held_out, groups))
-    records = broadcast([round_.record(chosen=i == chosen, refit=i > 0) for i, round_ in enumerate(rounds)])
+    if not isinstance(chosen, int) or not 0 <= chosen < len(rounds):
+        raise ValueError(f"choose returned {chosen!r}; it must return the index of one of the {len(rounds)} rounds.")
+    records = broadcast([round_.record(chosen=i == chosen, refitted=i > 0) for i, round_ in enumerate(rounds)])
     if chosen == 0:
         return records, 0
     write_head(data.head, broadcast(rounds[chosen].head))
