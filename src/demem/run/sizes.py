@@ -43,8 +43,6 @@ class TrainingSizes:
 
     def start_epoch(self) -> None:
         """A training epoch starts with its first batch."""
-        self._counts.reset()
-        self._unread.reset()
         self._from_the_start = True
 
     def see(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
@@ -77,7 +75,6 @@ class TrainingSizes:
         return not self._from_the_start or not draws_evenly(loader)
 
     def _count_data_set(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]) -> None:
-        self.start_epoch()
         try:
             with isolated_rng():
                 for _, batch in examples(trainer, pl_module, loader):
