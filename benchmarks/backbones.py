@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.cache import Create, Make, Progress
 from benchmarks.packages import require, version_of
-from demem.data.wilds import image_transform
+from demem.data import image_transform
 
 if TYPE_CHECKING:
     from benchmarks.experiment import Settings

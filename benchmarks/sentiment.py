@@ -25,10 +25,9 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from benchmarks.cache import Create, Progress, file_hash, find_or_make, read
 from benchmarks.packages import require, version_of
-from demem.data import GroupedDataModule, GroupedTensors, collate
-from demem.data.planting import plant_attribute, stratified_split
+from demem.data import GroupedDataModule, GroupedTensors, collate, plant_attribute, stratified_split
 from demem.module import Classifier
-from demem.sites.find import first_tensor
+from demem.sites import first_tensor
 
 if TYPE_CHECKING:
     from benchmarks.experiment import Settings

@@ -22,8 +22,7 @@ from torch import Tensor
 from benchmarks.backbones import Tail, efficientnet_lite0, image_arrays, lite0_file, open_image, weights_source
 from benchmarks.cache import Create, Progress, file_hash, find_or_make, read
 from benchmarks.packages import require, version_of
-from demem.data import GroupedDataModule, GroupedTensors
-from demem.data.planting import IntArray
+from demem.data import GroupedDataModule, GroupedTensors, IntArray
 from demem.module import Classifier
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ import torch
 
 from benchmarks.backbones import Tail, image_arrays, make_backbone, open_image, weights_file, weights_source
 from benchmarks.cache import Create, Make, Progress, file_hash, find_or_make, read
-from demem.data import GroupedDataModule, GroupedTensors
-from demem.data.wilds import load_wilds, make_grouper
+from demem.data import GroupedDataModule, GroupedTensors, load_wilds, make_grouper
 from demem.module import Classifier
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ def draw(out: Path, runs: list[dict[str, Any]], every: Sequence[Series]) -> None
     """Distributions of both measures by level, and their course over the epochs of one run, as PNG files."""
     import torch
 
-    from demem.measures import Diversity
-    from demem.measures.plots import plot_diversity, plot_history
+    from demem.measures import Diversity, plot_diversity, plot_history
 
     for series in every:
         saved = {level: out / f"{series.name}_{level}.pt" for level in series.levels}

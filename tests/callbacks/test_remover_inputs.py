@@ -106,9 +106,62 @@ def test_a_stream_that_shuffles():
     remover = MemorizationRemover(rebalance=False)
     _fit(remover, epochs=3, loaders=_stream(shuffled=torch.randperm))
     assert remover.rounds
-    own = torch.Generator().manual_seed(0)
+    own, steps = torch.Generator().manual_seed(0), _Drawn()
     with pytest.raises(ValueError, match="in the same order each time"):
-        _fit(remover, epochs=2, loaders=_stream(shuffled=lambda n: torch.randperm(n, generator=own)))
+        _fit(remover, epochs=2, loaders=_stream(shuffled=lambda n: torch.randperm(n, generator=own)), callbacks=[steps])
+    assert not steps.epochs
+
+
+def test_what_fails_after_training_costs_no_more_than_the_removal():
+    class Disk(TensorDataset):
+        broken = False
+
+        def __getitem__(self, i):
+            if self.broken:
+                raise OSError("Stale file handle")
+            return super().__getitem__(i)
+
+    class Breaks(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            Disk.broken = trainer.current_epoch == 1
+
+        def on_validation_start(self, *_):
+            Disk.broken = False
+
+    class Refitted(MemorizationRemover):  # breaks after the head was written
+        def choose(self, rounds, held_out, groups):
+            Disk.broken = True
+            return 1
+
+    for remover, val in ((MemorizationRemover(rebalance=False), VAL), (Refitted(rebalance=False), MANY)):
+        with pytest.warns(UserWarning, match="as it was trained, because OSError: Stale file handle"):
+            module, _ = _fit(remover, epochs=2, callbacks=[Breaks()], loaders=_loaders(val=Disk(*val.tensors)))
+        trained, _ = _fit(epochs=2)
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), trained.parameters(), strict=True))
+        assert not remover.rounds
+
+
+def test_a_head_that_another_callback_prunes_is_refused():
+    module = Net()
+    pruning = pl.callbacks.ModelPruning("l1_unstructured", amount=0.1)
+    with pytest.raises(ValueError, match=r"ModelPruning prunes the head 'net\.4'"):
+        _fit(MemorizationRemover(), module, epochs=1, callbacks=[pruning])
+    others = [(module.net[0], "weight"), (module.net[2], "weight")]
+    pruning = pl.callbacks.ModelPruning("l1_unstructured", parameters_to_prune=others, amount=0.1)
+    remover = MemorizationRemover()
+    _fit(remover, module, epochs=2, callbacks=[pruning])
+    assert remover.rounds
+
+
+def test_a_head_with_tied_weights_is_refused():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Embedding(2, 16)
+            self.net[4].weight = self.queries.weight
+
+    with pytest.raises(ValueError, match=r"shares its parameters with queries\.weight"):
+        _fit(MemorizationRemover(head="net.4"), Tied(), epochs=1)
 
 
 def test_augmentation_on_the_device_leaves_held_out_examples_alone():

@@ -22,6 +22,7 @@ from demem.run import (
     infer_groups_of_run,
     is_dry_run,
     is_last_step,
+    read_examples,
     rebalance,
     remove_and_refit,
     resumed_within_epoch,
@@ -81,7 +82,8 @@ class MemorizationRemover(Callback):
         ValueError: before training: no validation data, layers that match nothing or do not give one row per example,
             labels out of range, a class with fewer than two training or validation examples, a head that cannot be
             refitted or does not give the logits by itself, groups asked for but not in the batch, activations that are
-            not finite.  Later: the data have changed (a stream that gives another order each time).
+            not finite; on resume, and for a stream, data that have changed since or between two passes.  What fails
+            after training warns, and leaves the network as it was trained.
 
     Source: own; related to Bansal et al. 2022 and You et al. 2025 (tracing and masking), and to Kirichenko et al. 2023
     (last-layer refit).
@@ -167,6 +169,8 @@ class MemorizationRemover(Callback):
             self.groups, self._looks_again, self._removed_at_step = None, False, -1
             check_head(trainer, pl_module, data.head_name, data.head)
             self._look(data)
+        if self.groups is not None and (trainer.global_step > 0 or not data.is_stable):  # rather than after training
+            read_examples(data, self.groups, self._train_positions, self.seed)
         self._fresh = True
         if resumed_within_epoch(trainer):  # Lightning then leaves the start of the epoch out
             self._rebalance(data)
@@ -184,9 +188,9 @@ class MemorizationRemover(Callback):
     ) -> None:
         if is_last_step(trainer) and not is_dry_run(trainer):
             self._remove(self._data(trainer, pl_module))
-            kept = next(record for record in self.rounds if record.chosen)
-            values = {"removal/masked_share": kept.share, "removal/worst_inferred_group_acc": kept.worst}
-            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
+            for kept in (record for record in self.rounds if record.chosen):
+                values = {"removal/masked_share": kept.share, "removal/worst_inferred_group_acc": kept.worst}
+                pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._unseen = False
@@ -271,12 +275,23 @@ class MemorizationRemover(Callback):
         self._undo = None
 
     def _remove(self, data: RunData) -> None:
-        """Steps 3 and 4."""
-        if self.groups is None:
-            raise RuntimeError("MemorizationRemover was not there when training began; use it as a Trainer's callback.")
-        self.rounds, self.fine_tuned_on = remove_and_refit(
-            data, self.groups, self._train_positions, self.choose, self.shares, self.fine_tune, self.seed
-        )
+        """Steps 3 and 4; what fails then must not cost the run."""
+        self.rounds, self.fine_tuned_on = [], 0
+        if self.groups is None:  # training was over before it began
+            return
+        before = [p.detach().clone() for p in data.pl_module.parameters()]
+        try:
+            self.rounds, self.fine_tuned_on = remove_and_refit(
+                data, self.groups, self._train_positions, self.choose, self.shares, self.fine_tune, self.seed
+            )
+        except Exception as error:
+            with torch.no_grad():
+                for parameter, value in zip(data.pl_module.parameters(), before, strict=True):
+                    parameter.copy_(value)
+            warnings.warn(
+                f"MemorizationRemover leaves the network as it was trained, because {type(error).__name__}: {error}",
+                stacklevel=3,
+            )
         self._removed_at_step = data.trainer.global_step
         self._unseen = True
         self._written = data.head.weight.detach().cpu().clone()

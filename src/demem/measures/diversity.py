@@ -333,7 +333,7 @@ def _bootstrap(runs: list[Diversity], resamples: int, generator: torch.Generator
     """Return resampled mean entropy and mean off-diagonal mutual information, each ``(resamples,)``.
 
     A resample that draws unit i w_i times contains w_i w_j pairs of the units i ≠ j and w_i (w_i − 1) pairs of unit i
-    with a copy of itself, which say nothing of diversity.  So the mean over pairs of different units is
+    with a copy of itself, which carry no information.  So the mean over pairs of different units is
 
         Σ_{i≠j} w_i w_j M_ij / Σ_{i≠j} w_i w_j = (wᵀMw − Σ_i w_i² M_ii) / ((Σ_i w_i)² − Σ_i w_i²).
     """

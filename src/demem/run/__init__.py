@@ -10,7 +10,7 @@ A callback of your own reads a run in three lines::
 """
 
 from demem.run.balance import rebalance
-from demem.run.cure import remove_and_refit, trained_parameters
+from demem.run.cure import read_examples, remove_and_refit, trained_parameters
 from demem.run.data import Rows, RunData, Split, UnevenRows
 from demem.run.detection import has_learned, infer_groups_of_run
 from demem.run.head import check_head, model_with_head, read_head, write_head
@@ -52,6 +52,7 @@ __all__ = [
     "isolated_rng",
     "model_with_head",
     "ranks_of",
+    "read_examples",
     "read_head",
     "rebalance",
     "remove_and_refit",

@@ -175,7 +175,7 @@ class Split:
                     for name, values in function(batch, logits, reader.pop() if sites else {}).items():
                         columns.setdefault(name, []).append(values)
                     index.append(position)
-            except (TypeError, ValueError) as error:
+            except Exception as error:
                 unread = error
         if not self.trainer.strategy.reduce_boolean_decision(unread is None):  # all processes go the same way
             raise unread or ValueError("Another process could not read its batches.")
@@ -240,11 +240,16 @@ class RunData:
         return Split(self.trainer, self.pl_module, held_out_loader(self.trainer), self.model)
 
     @property
+    def is_stable(self) -> bool:
+        """Whether both data sets have positions; a stream may give another order in each pass."""
+        return self.train.has_positions and self.held_out.has_positions
+
+    @property
     def head_input(self) -> Site:
         """What the head reads."""
         return Site(f"{self.head_name}:input", self.head, "input", self.head.in_features)
 
     @property
     def num_classes(self) -> int:
-        """Classes that the head tells apart; a single logit tells two."""
+        """Number of classes of the head; a single logit stands for two."""
         return max(2, self.head.out_features)

@@ -43,6 +43,13 @@ def check_head(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, he
             output is not weight · x + bias.
     """
     _check_own_parameters(pl_module, name, head)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        pruned = [layer for layer, _ in getattr(callback, "_parameters_to_prune", ())]
+        if any(layer is head for layer in pruned):
+            raise ValueError(
+                f"{type(callback).__name__} prunes the head {name!r}, whose weight is then computed from others, so it "
+                "cannot be refitted. Leave the head out of parameters_to_prune."
+            )
     model, loader = model_with_head(pl_module, head), held_out_loader(trainer)
     layers = named_layers(model)
     with undisturbed(trainer, pl_module):

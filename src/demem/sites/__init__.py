@@ -6,6 +6,7 @@ from demem.sites.find import (
     default_sites,
     find_head,
     find_sites,
+    first_tensor,
     named_layers,
     own_weight,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "eager",
     "find_head",
     "find_sites",
+    "first_tensor",
     "named_layers",
     "own_weight",
     "reduce_activation",

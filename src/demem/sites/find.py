@@ -321,7 +321,7 @@ def _make_site(layers: Mapping[str, nn.Module], name: str, suffix: str) -> Site:
         projection = _head_projection(module)
         if projection is None:
             raise ValueError(
-                f"{name!r} ({type(module).__name__}) has no attention heads that can be told apart: ':heads' needs "
+                f"{name!r} ({type(module).__name__}) has no attention heads that can be separated: ':heads' needs "
                 "a module with 'num_heads' and a linear output projection called 'proj', 'out_proj' or 'out' that "
                 "is called as a layer (nn.MultiheadAttention calls its projection by function)."
             )
@@ -403,7 +403,16 @@ def _listing(names: Sequence[str], limit: int = 60) -> str:
 
 
 def first_tensor(value: object) -> Tensor:
-    """Return the tensor itself, or the first one of a tuple, list or dict (as attention layers return them)."""
+    """Return a tensor itself, or the first one of a tuple, list or dict (as attention layers return them).
+
+    Raises:
+        TypeError: ``value`` holds no tensor in the first place.
+
+    Example:
+        >>> attention = nn.MultiheadAttention(4, num_heads=2)  # returns values and weights
+        >>> first_tensor(attention(*[torch.randn(3, 1, 4)] * 3)).shape
+        torch.Size([3, 1, 4])
+    """
     if isinstance(value, Tensor):
         return value
     if isinstance(value, dict) and value:

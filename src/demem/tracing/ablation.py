@@ -14,7 +14,8 @@ from demem.batch import Batch, apply_model
 from demem.sites import Site
 from demem.tracing.atypical import margins
 from demem.tracing.capture import ALONE, Ranks, evaluating
-from demem.tracing.restart import CannotRestart, Restart
+from demem.tracing.narrow import CannotRestart
+from demem.tracing.restart import Restart
 from demem.tracing.taylor import Ablate
 
 Effect = Literal["loss", "margin", "accuracy"]

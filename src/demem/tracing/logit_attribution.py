@@ -71,7 +71,7 @@ def linear_impact(
         if len(weight) == 2:
             other = 1 - y
         elif logits is None:
-            raise ValueError("With three classes or more give `logits` or `other`, to tell the strongest wrong class.")
+            raise ValueError("With three classes or more give `logits` or `other`, to find the largest wrong logit.")
         else:
             other = strongest_wrong(logits, y)[1]
     if isinstance(centre, Tensor):

@@ -41,7 +41,7 @@ def top_units(scores: Mapping[str, Tensor], k: int | float, within: bool = False
     flat = torch.cat([v.detach().double().cpu() for v in scores.values()])
     count = max(1, round(k * len(flat))) if isinstance(k, float) else k
     if count > len(flat):
-        raise ValueError(f"k={count} units were asked for, but there are {len(flat)}.")
+        raise ValueError(f"k={count} units were requested, but there are {len(flat)}.")
     best = torch.sort(flat, descending=True, stable=True).indices[:count]
     chosen, start = {}, 0
     for name, values in scores.items():
