@@ -22,7 +22,7 @@ class ActivationDiversityMonitor(pl.Callback):
     information with example-level memorization (Bansal et al. 2022).  Compare epochs and runs, not single values.
 
     The activations are read during the validation loop that runs anyway (its first loader): no extra forward pass.
-    Logged in nats before ``ModelCheckpoint`` and ``EarlyStopping`` look for their ``monitor``:
+    Logged in nats, before ``ModelCheckpoint`` and ``EarlyStopping`` read what they monitor:
 
     - ``diversity/entropy/{site}``, ``diversity/mi/{site}``: means over one site;
     - ``diversity/entropy``, ``diversity/mi``: means over the whole network (mutual information also between sites,

@@ -52,7 +52,7 @@ class MemorizationTracer(Callback):
 
     Held-out examples are those of the first validation loader.  The report is a folder with
 
-    * ``units.csv`` (or ``.parquet``): a row for each unit with its site, number and every score, best first, and mean
+    * ``units.csv`` (or ``.parquet``): one row per unit with its site, number and every score, best first, and mean
       impacts on either kind of examples (positive: the unit helps them; :class:`~demem.tracing.UnitReport`);
     * ``units.png``: the unit map, impact on typical against impact on atypical examples, by the first score that has
       impacts (``taylor``: :mod:`demem.tracing.taylor`; ``two_step`` has none);
@@ -71,7 +71,7 @@ class MemorizationTracer(Callback):
         every_n_epochs: also trace every so many epochs; ``None`` only at the end of the fit.
         max_examples: traced at most, half of them atypical; ``None`` for all held-out examples.
         memorised: how many training examples to list; 0 skips the pass over the training set.
-        head: qualified name of the classification head, should it not be found.
+        head: qualified name of the classification head, if it cannot be found automatically.
         dirpath: where to write; ``memorization`` in the logger's folder (or ``default_root_dir``) if ``None``.
         table: file format of the unit table.
 
@@ -227,7 +227,7 @@ class MemorizationTracer(Callback):
             rows = data.held_out.read([site], "Reading the head's input", reduce="auto", logits=True)
         except UnevenRows:
             rank_zero_warn(
-                f"{data.head_name!r} reads more than one row for an example, so training examples are not ranked."
+                f"{data.head_name!r} reads more than one row per example, so training examples are not ranked."
             )
             return None
         z, weight = rows.activations[site.name], data.head.weight.detach().float()

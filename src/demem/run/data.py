@@ -251,5 +251,5 @@ class RunData:
 
     @property
     def num_classes(self) -> int:
-        """Classes that the head tells apart; a single logit tells two."""
+        """Number of classes of the head; a single logit stands for two."""
         return max(2, self.head.out_features)
