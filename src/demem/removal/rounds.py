@@ -208,8 +208,8 @@ def choose_round(
     """Index of the round to keep.
 
     Of the refits it is the first whose worst-group accuracy on held-out examples is within ``tolerance`` standard
-    errors of the best: rounds that a small set cannot distinguish are settled by masking less (the one-standard-error rule of
-    Breiman et al. 1984).
+    errors of the best: where a small set cannot distinguish rounds, the smaller mask is kept (the one-standard-error
+    rule of Breiman et al. 1984).
 
     The network stays as trained (index 0) where the refit has nothing new to go by and is not clearly better
     (:func:`clearly_better`, over the typical and the atypical examples of each class): the groups are unknown, or the
