@@ -80,7 +80,9 @@ def _console_table(title: str, epochs: list[int], lines: list[list[str]]) -> Tab
     title = f"{title}, {'/'.join(map(str, epochs))} epochs (test accuracy, %)"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for i in shown:
-        table.add_column(COLUMNS[i], justify="left" if i < 2 else "right", no_wrap=True)
+        # Where there is not enough room it is the name that is cut, never a number.
+        width = max(len(text) for text in (COLUMNS[i], *(line[i] for line in lines))) if i else None
+        table.add_column(COLUMNS[i], justify="left" if i < 2 else "right", no_wrap=True, min_width=width)
     for line in lines:
         table.add_row(*(line[i] for i in shown))
     return table
