@@ -283,6 +283,21 @@ def test_held_out_sources_are_never_in_one_ranking(tmp_path, drawn):
     }
 
 
+def test_a_narrow_terminal_cuts_names_and_no_numbers(tmp_path):
+    for seed in range(2):
+        append_jsonl(tmp_path / "results.jsonl", _row("erm", seed, 0.5))
+        append_jsonl(
+            tmp_path / "results.jsonl", _row("a_method_with_a_name_of_a_great_many_letters", seed, 0.123 + seed / 9)
+        )
+    console = Console(width=80, record=True)
+    write_report(tmp_path, console)
+    (line,) = [line for line in console.export_text().splitlines() if "a_method" in line]
+    assert "…" in line
+    assert " 17.9 ± 7.9 " in line
+    assert len(line.rstrip()) > 70  # and no room is left unused
+    assert line.rstrip().endswith("90.0 ± 0.0")
+
+
 def test_tables_are_made_again_from_rows_on_disk(tmp_path, capsys):
     for seed in range(2):
         append_jsonl(tmp_path / "results.jsonl", _row("erm", seed, 0.5))
