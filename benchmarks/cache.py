@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ Progress = Callable[[str, int, int], None]
 """Called with an array's name, the number of examples done and the number of examples in all."""
 
 CHUNK = 1 << 22  # bytes per read of a checksum
+ABANDONED = 24 * 3600  # seconds without a write after which a partial file belongs to a process that was killed
 _checked: dict[Path, tuple[int, ...]] = {}  # sizes and times of files whose checksum this process has seen to be right
 
 
@@ -91,6 +93,9 @@ def _make(folder: Path, array: str, make: Make) -> None:
     path = folder / f"{array}.npy"
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     made: list[Any] = []
+    for old in folder.glob(f"{path.name}.*.partial"):
+        if time.time() - old.stat().st_mtime > ABANDONED:
+            old.unlink(missing_ok=True)
 
     def create(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         size, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help="network of waterbirds (default: mobilenetv2)",
     )
     parser.add_argument(
-        "--cache", type=Path, help="folder for outputs of frozen layers, 0.3–0.8 GB per data set (default: user cache)"
+        "--cache", type=Path, help="folder for outputs of frozen layers, 0.2–0.8 GB per data set (default: user cache)"
     )
     parser.add_argument(
         "--methods",

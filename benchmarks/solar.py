@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.experiment import Settings
 
 PACKAGE, EXTRA = "elpv_dataset", "solar"
-RESIZE, CROP, AUGMENTED_VIEWS = 192, 192, 3
+RESIZE, CROP, AUGMENTED_VIEWS = 160, 160, 3
 CORRELATION = 0.95
 VAL_SHARE, TEST_SHARE = 0.12, 0.3  # of the photographs of a class's frequent type
 TYPES = {"mono": 0, "poly": 1}
@@ -108,7 +108,7 @@ class SolarFeatures(GroupedDataModule):
     """
 
     def __init__(self, folder: str | Path, **options: Any) -> None:
-        super().__init__(num_classes=2, num_groups=4, **{"batch_size": 32, **options})
+        super().__init__(num_classes=2, num_groups=4, **{"batch_size": 16, **options})
         self.folder = Path(folder)
 
     def build(self) -> tuple[Any, Any, Any, Any]:
@@ -127,7 +127,7 @@ def cache_features(cache: Path | None = None, progress: Progress | None = None) 
     """Compute the outputs of the frozen layers, or find them on disk (:func:`benchmarks.cache.find_or_make`).
 
     Args:
-        cache: parent folder (0.3 GB); default :func:`benchmarks.cache.default_cache`.
+        cache: parent folder (0.2 GB); default :func:`benchmarks.cache.default_cache`.
         progress: see :data:`benchmarks.cache.Progress`.
 
     Returns:

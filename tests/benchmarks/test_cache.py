@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import numpy as np
@@ -126,6 +127,18 @@ def test_a_run_cut_off_goes_on_with_the_next_array(tmp_path, arrays):
     find_or_make(tmp_path, "name", {}, {"a": again, "b": lambda create: create((1,), np.int64)}, arrays.said.append)
     assert int(read(folder, "a")) == 7
     assert arrays.said == []
+
+
+def test_partial_files_of_killed_processes_go(tmp_path, arrays):
+    folder = arrays.find(tmp_path)
+    old, recent, other = (folder / f"{name}.partial" for name in ("a.npy.1", "a.npy.2", "b.npy.1"))
+    for path in (old, recent, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    _shorten(folder / "a.npy")
+    arrays.find(tmp_path)
+    assert [path.exists() for path in (old, recent, other)] == [False, True, True]
 
 
 def test_a_full_disk_is_named_before_it_is_written(tmp_path, arrays, monkeypatch):

@@ -120,7 +120,7 @@ def test_a_sampler_put_in_later_draws():
 
 @pytest.fixture
 def small(monkeypatch):
-    """An untrained BERT of two layers, of which the first is frozen."""
+    """An untrained BERT of three layers, of which the first is frozen."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
@@ -209,7 +209,7 @@ def test_a_missing_package_ends_the_run_before_training(tmp_path, monkeypatch, c
 @pytest.fixture
 def made(tmp_path, small, monkeypatch):
     """Reviews of a few words, a tokenizer that numbers them, and the untrained BERT in place of MiniLM."""
-    words = {"dull": 4, "bad": 5, "fine": 6, "fun": 7, "film": 8, "the": 9, "london": 10, "paris": 11}
+    words = {"dull": 4, "bad": 5, "fine": 6, "fun": 7, "film": 8, "the": 9, "movie": 10}
     rng = np.random.default_rng(0)
 
     def lines(good):
