@@ -11,6 +11,7 @@ COMMANDS = {
     ("compare",): "benchmarks.compare",
     ("ceiling",): "benchmarks.ceiling",
     ("golden",): "benchmarks.golden",
+    ("units",): "benchmarks.units",
     ("papers", "measures"): "benchmarks.papers.measures",
     ("papers", "tracing"): "benchmarks.papers.tracing",
     ("speed", "measures"): "benchmarks.speed.measures",
