@@ -158,6 +158,23 @@ def at_random(share: float = 0.2, seed: int = 0) -> Choose:
     return choose
 
 
+def kept(choose: Choose) -> Choose:
+    """Keep the first choice, so that no more units are ever penalised than chosen at once.
+
+    >>> choose = kept(most_informed(0.5))
+    >>> [choose({"conv": torch.tensor(scores)})["conv"].tolist() for scores in ([0.1, 0.4], [0.5, 0.4])]
+    [[1], [1]]
+    """
+    first: dict[str, Tensor] = {}
+
+    def keep(scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if not first:
+            first.update(choose(scores))
+        return first
+
+    return keep
+
+
 class Forgetting:
     r"""Penalise what units know about an attribute, in the backward pass of training steps that are not ours.
 
@@ -319,14 +336,9 @@ class Forgetting:
     def record(self) -> Forgotten:
         """What was done since the last call (or the beginning)."""
         units = []
-        for site in self.sites:
-            steps = self._touched.get(site.name, torch.zeros(0)).tolist()
-            scores = self._chosen_scores.get(site.name, torch.zeros(0)).tolist()
-            units += [
-                ForgottenUnit(site.name, i, score, int(n))
-                for i, (n, score) in enumerate(zip(steps, scores, strict=True))
-                if n
-            ]
+        for name, touched in self._touched.items():
+            scores = self._chosen_scores[name].tolist()
+            units += [ForgottenUnit(name, i, scores[i], n) for i, n in enumerate(touched.tolist()) if n]
         seen, total = self._information.tolist()
         sizes = {name: len(scores) for name, scores in self._scores.items()}
         done = Forgotten(self._record_steps, total / seen if seen else float("nan"), tuple(units), sizes)
@@ -407,8 +419,8 @@ class Forgetting:
             self._deviation[site.name].to(rows),
             self.floor,
         )
-        share = channels / channels.sum().clamp_min(1)  # of each channel in the site's mean
-        seen = torch.stack([torch.ones_like(information[0]), share.to(information) @ information])
+        share = channels.to(rows) / channels.sum().clamp_min(1)  # of each channel in the site's mean
+        seen = torch.stack([torch.ones_like(information[0]), share @ information])
         self._information = self._information.to(seen.device) + seen.detach()
         return gradient * (share * (self.strength / len(self.sites) * batch.scale))
 
