@@ -1,6 +1,22 @@
-"""What is done about memorising units: masks and head refits in rounds, and interventions with exact undo."""
+"""What is done about memorising units: masks and head refits in rounds, and interventions with exact undo.
 
+While the network trains: :class:`Forgetting` penalises the units that know the inferred attribute best within the class,
+and :func:`harm_scores` with :func:`rewind` take back the learned changes that hurt unseen minority examples.
+"""
+
+from demem.removal.forget import (
+    Forgetting,
+    Forgotten,
+    ForgottenUnit,
+    FrozenProbe,
+    Probe,
+    at_random,
+    kept,
+    most_informed,
+)
+from demem.removal.information import attribute_information, group_moments, information_gradient
 from demem.removal.interventions import apply, intervene, intervene_weights
+from demem.removal.rewind import Harm, balanced_losses, harm_scores, rewind, rewindable_sites
 from demem.removal.rounds import (
     MASKED_SHARES,
     Examples,
@@ -15,13 +31,29 @@ from demem.removal.rounds import (
 __all__ = [
     "MASKED_SHARES",
     "Examples",
+    "Forgetting",
+    "Forgotten",
+    "ForgottenUnit",
+    "FrozenProbe",
+    "Harm",
+    "Probe",
     "Round",
     "apply",
+    "at_random",
+    "attribute_information",
+    "balanced_losses",
     "choose_round",
     "clearly_better",
+    "group_moments",
+    "harm_scores",
+    "information_gradient",
     "intervene",
     "intervene_weights",
+    "kept",
     "largest_groups",
+    "most_informed",
     "remove_in_rounds",
+    "rewind",
+    "rewindable_sites",
     "worst_group",
 ]
