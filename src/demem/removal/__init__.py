@@ -1,7 +1,7 @@
 """What is done about memorising units: masks and head refits in rounds, and interventions with exact undo.
 
-While the network trains: :class:`Forgetting` penalises the units that know the inferred attribute best within the class,
-and :func:`harm_scores` with :func:`rewind` take back the learned changes that hurt unseen minority examples.
+While the network trains, :class:`Forgetting` penalises the units that know the inferred attribute best within the
+class; :func:`harm_scores` and :func:`rewind` take back learned changes that hurt unseen minority examples.
 """
 
 from demem.removal.forget import (
