@@ -524,6 +524,12 @@ def test_batches_that_cannot_be_used_are_refused():
             forgetting.observe(y)
         with pytest.raises(ValueError, match="of the same shape"):
             forgetting.observe(y, attribute[:3])
+    shared = nn.ReLU()
+    mixed = nn.Sequential(nn.Linear(3, 4), shared, nn.Linear(4, 5), shared, nn.Linear(5, 2)).double()
+    with Forgetting(find_sites(mixed, "1"), 2) as forgetting:
+        forgetting.observe(y, attribute)
+        with pytest.raises(ValueError, match="'1' gave 4 channels after 5"):
+            F.cross_entropy(mixed(x), y).backward()
     elsewhere = nn.Linear(1, 1)
     probe = Probe(find_sites(nn.Sequential(elsewhere), "0")[0], lambda rows: rows[:, 0].long())
     with Forgetting(find_sites(model, "0"), 2, probe=probe) as forgetting:

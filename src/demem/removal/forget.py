@@ -441,6 +441,11 @@ class Forgetting:
         dtype = torch.float32 if rows.device.type == "mps" else torch.float64
         new = group_moments(rows.to(dtype), y, attribute, self.num_classes, self.num_attributes)
         old = self._running.get(site.name)
+        if old is not None and old.totals.shape != new.totals.shape:
+            raise ValueError(
+                f"Site {site.name!r} gave {rows.shape[1]} channels after {old.totals.shape[-1]}: its layer runs several "
+                "times, as activations that blocks share do. Name the layers before it, or whole blocks."
+            )
         if old is not None:
             new = Moments(*(self.decay * a.to(b) + b for a, b in zip(old, new, strict=True)))
         self._running[site.name] = new
