@@ -32,7 +32,7 @@ from demem.callbacks._sampling import reweight
 from demem.data.arrays import GroupedDataset
 from demem.linear import balanced_weights
 from demem.metrics import group_accuracy_compute, group_accuracy_update
-from demem.removal.forget import Choose, Forgetting, Forgotten, FrozenProbe, at_random, kept, most_informed
+from demem.removal.forget import Choose, Forgetting, Forgotten, FrozenProbe, at_random, most_informed
 from demem.removal.rounds import SMOOTHING
 from demem.sites import ActivationReader, Site, default_sites, find_sites
 from demem.tracing.shortcut import ShortcutProbe, find_shortcut
@@ -55,7 +55,7 @@ class Train(pl.Callback):
         balance: draw the inferred groups equally often.
         start: fraction of the epochs without the penalty.
         strength: of the penalty.
-        every: steps between choices of units.
+        every, choices: steps between choices of units, and how many choices.
         seed: of the draw of training examples.
     """
 
@@ -67,9 +67,10 @@ class Train(pl.Callback):
         start: float = 0.75,
         strength: float = 3.0,
         every: int = 5,
+        choices: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.every = every
+        self.every, self.choices = every, choices
         self.patterns, self.choose, self.balance = patterns, choose, balance
         self.start, self.strength, self.seed = start, strength, seed
         self.found: dict[str, Any] = {}
@@ -84,7 +85,9 @@ class Train(pl.Callback):
         begins = epoch >= math.ceil(self.start * (trainer.max_epochs or 0))
         if begins and self.choose and self._probe is not None and self.forgetting is None:
             sites = find_sites(pl_module.model, list(self.patterns))
-            self.forgetting = Forgetting(sites, 2, choose=self.choose, strength=self.strength, every=self.every)
+            self.forgetting = Forgetting(
+                sites, 2, choose=self.choose, strength=self.strength, every=self.every, choices=self.choices
+            )
             self.forgetting.__enter__()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -154,7 +157,7 @@ ARMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "top": lambda seed: {"choose": most_informed(0.2)},
     "random": lambda seed: {"choose": at_random(0.2, seed)},
     "all": lambda seed: {"choose": most_informed(1.0)},
-    "top_kept": lambda seed: {"choose": kept(most_informed(0.2)), "every": 25},
+    "top_kept": lambda seed: {"choose": most_informed(0.2), "every": 25, "choices": 1},
     "top_from_start": lambda seed: {"choose": most_informed(0.2), "start": 0.0},
     "random_from_start": lambda seed: {"choose": at_random(0.2, seed), "start": 0.0},
     "erm_top": lambda seed: {"choose": most_informed(0.2), "balance": False},

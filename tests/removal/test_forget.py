@@ -369,6 +369,24 @@ def test_the_units_that_know_most_are_chosen_every_few_steps_and_recorded():
     assert forgetting.record().steps == 0
 
 
+def test_with_one_choice_the_first_units_stay():
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 2)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(10))
+    y, attribute = torch.arange(64) % 2, torch.arange(64) // 2 % 2
+    units = []
+    with Forgetting(find_sites(model, "0"), 2, every=1, choices=1) as forgetting:
+        for knowing in ([4, 7], [1, 2], [1, 2]):
+            x = torch.randn(64, 10, dtype=torch.float64)
+            x[:, knowing] += 9 * attribute[:, None]
+            forgetting.observe(y, attribute)
+            F.cross_entropy(model(x), y).backward()
+            forgetting.step()
+            units.append(forgetting.units["0"].tolist())
+    assert units == [[4, 7]] * 3
+    assert forgetting.scores["0"].argmax() in (1, 2)  # though others know more by now
+
+
 def test_random_units_stay_the_same_and_other_seeds_give_others():
     scores = {"a": torch.zeros(50), "b": torch.zeros(20)}
     first, again, other = at_random(0.2, 1)(scores), at_random(0.2, 1)(scores), at_random(0.2, 2)(scores)

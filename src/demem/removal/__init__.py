@@ -11,7 +11,6 @@ from demem.removal.forget import (
     FrozenProbe,
     Probe,
     at_random,
-    kept,
     most_informed,
 )
 from demem.removal.information import attribute_information, group_moments, information_gradient
@@ -49,7 +48,6 @@ __all__ = [
     "information_gradient",
     "intervene",
     "intervene_weights",
-    "kept",
     "largest_groups",
     "most_informed",
     "remove_in_rounds",

@@ -158,23 +158,6 @@ def at_random(share: float = 0.2, seed: int = 0) -> Choose:
     return choose
 
 
-def kept(choose: Choose) -> Choose:
-    """Keep the first choice, so that no more units are ever penalised than chosen at once.
-
-    >>> choose = kept(most_informed(0.5))
-    >>> [choose({"conv": torch.tensor(scores)})["conv"].tolist() for scores in ([0.1, 0.4], [0.5, 0.4])]
-    [[1], [1]]
-    """
-    first: dict[str, Tensor] = {}
-
-    def keep(scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if not first:
-            first.update(choose(scores))
-        return first
-
-    return keep
-
-
 class Forgetting:
     r"""Penalise what units know about an attribute, in the backward pass of training steps that are not ours.
 
@@ -215,6 +198,8 @@ class Forgetting:
         strength: λ.  3 was used with 2 to 3 sites; from 10 on training was unstable from scratch.
         choose: which units; default :func:`most_informed`.
         every: steps between choices.
+        choices: how often units are chosen; with 1 the first choice stays, so that no other unit is ever penalised.
+            Default: every time.
         decay: of the moving average, per step.
         floor: ε, see :mod:`demem.removal.information`.
         probe: gives the attribute where :meth:`observe` does not.
@@ -247,6 +232,7 @@ class Forgetting:
         strength: float = 3.0,
         choose: Choose | None = None,
         every: int = 5,
+        choices: int | None = None,
         decay: float = 0.95,
         floor: float = FLOOR,
         probe: Probe | None = None,
@@ -266,7 +252,7 @@ class Forgetting:
         self.sites = list(sites)
         self.num_classes, self.num_attributes = num_classes, attributes
         self.strength, self.every, self.decay, self.floor = strength, every, decay, floor
-        self.choose = choose or most_informed()
+        self.choose, self.choices = choose or most_informed(), choices
         self.probe = probe
         self.ranks = ranks
         self._stack = ExitStack()
@@ -321,7 +307,9 @@ class Forgetting:
         for name, units in self._units.items():
             self._touched[name] = self._touched.get(name, 0) + units.long()
         if self._steps % self.every == 0 and self._running:
-            self._choose_units()
+            self._refresh()
+            if self.choices is None or self._steps // self.every <= self.choices:
+                self._choose_units()
 
     @property
     def units(self) -> dict[str, Tensor]:
@@ -443,14 +431,15 @@ class Forgetting:
         old = self._running.get(site.name)
         if old is not None and old.totals.shape != new.totals.shape:
             raise ValueError(
-                f"Site {site.name!r} gave {rows.shape[1]} channels after {old.totals.shape[-1]}: its layer runs several "
-                "times, as activations that blocks share do. Name the layers before it, or whole blocks."
+                f"Site {site.name!r} gave {rows.shape[1]} channels after {old.totals.shape[-1]}: its layer runs "
+                "several times, as activations that blocks share do. Name the layers before it, or whole blocks."
             )
         if old is not None:
             new = Moments(*(self.decay * a.to(b) + b for a, b in zip(old, new, strict=True)))
         self._running[site.name] = new
 
-    def _choose_units(self) -> None:
+    def _refresh(self) -> None:
+        """Put the running sums of all processes together: scores and deviations."""
         for site in self.sites:
             if site.name not in self._running:
                 continue
@@ -459,6 +448,8 @@ class Forgetting:
             effect = counted @ attribute_information(moments, floor=self.floor) / counted.sum().clamp_min(1)
             self._scores[site.name] = effect.view(-1, site.channels_per_unit).mean(1).float()
             self._deviation[site.name] = moments.deviation().float()
+
+    def _choose_units(self) -> None:
         chosen = self.choose(self._scores)
         self._units = {name: torch.zeros_like(self._scores[name], dtype=torch.bool) for name in chosen}
         for name, indices in chosen.items():
