@@ -449,17 +449,47 @@ def test_a_probe_of_the_same_forward_pass_gives_what_the_attributes_give():
     assert _same(*results)
 
 
-def test_a_frozen_probe_reads_the_layer_as_it_was():
-    model, (x, _, _) = _mlp().train(), _data(ROWS)
+def test_a_frozen_probe_reads_the_layer_as_it_was_and_runs_no_further():
+    ran = []
+
+    class Last(nn.Linear):
+        def forward(self, x):
+            ran.append(len(x))
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(3, 10), nn.Dropout(0.5), nn.BatchNorm1d(10), Last(10, 2)).double().train()
+    x, _, _ = _data(ROWS)
     probe = FrozenProbe(model, find_sites(model, "2")[0], lambda rows: rows.argmax(1))
-    expected = model[:3](x).float().argmax(1)
+    expected = model.eval()[:3](x).float().argmax(1)
+    model.train()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_()
     assert torch.equal(probe(x), expected)
-    assert not torch.equal(model[:3](x).argmax(1), expected)
-    assert model.training
+    assert ran == []
+    assert model[1].training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_frozen_probe_of_a_layer_that_does_not_run_is_refused():
+    class Spare(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.spare = nn.Linear(3, 2)
+
+    model = Spare()
+    with pytest.raises(RuntimeError, match="'spare' did not run"):
+        FrozenProbe(model, find_sites(model, "spare")[0], len)(torch.randn(4, 3))
+
+
+def test_a_class_with_one_attribute_does_not_dilute_the_scores():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    x, y, attribute = _data(ROWS)
+    attribute[y == 1] = 1
+    with Forgetting(find_sites(model, "0"), 2, every=1) as forgetting:
+        _warm_up(forgetting, model, (x, y, attribute))
+    expected = attribute_information(group_moments(model[0](x), y, attribute, 2, 2))[0]
+    assert torch.allclose(forgetting.scores["0"].double(), expected, rtol=1e-4)
 
 
 class _Thin(Callback):
