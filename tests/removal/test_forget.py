@@ -369,6 +369,20 @@ def test_the_units_that_know_most_are_chosen_every_few_steps_and_recorded():
     assert forgetting.record().steps == 0
 
 
+def test_sites_without_a_gradient_are_named():
+    model, (x, y, attribute) = _mlp(), _data(ROWS)
+    with Forgetting(find_sites(model, ["0:input", "0"]), 2, every=2) as forgetting:
+        for step in range(3):
+            forgetting.observe(y, attribute)
+            F.cross_entropy(model(x), y).backward()
+            if step == 1:
+                with pytest.warns(UserWarning, match="no effect at 0:input: no gradient"):
+                    forgetting.step()
+            else:
+                forgetting.step()
+    assert list(forgetting.units) == ["0"]
+
+
 def test_with_one_choice_the_first_units_stay():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 2)).double()
     with torch.no_grad():

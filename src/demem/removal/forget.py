@@ -8,6 +8,7 @@ batch's pooled activations, is added to the gradient that comes back in the trai
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -306,6 +307,8 @@ class Forgetting:
         self._record_steps += 1
         for name, units in self._units.items():
             self._touched[name] = self._touched.get(name, 0) + units.long()
+        if self._steps == self.every:
+            self._warn_of_idle_sites()
         if self._steps % self.every == 0 and self._running:
             self._refresh()
             if self.choices is None or self._steps // self.every <= self.choices:
@@ -437,6 +440,16 @@ class Forgetting:
         if old is not None:
             new = Moments(*(self.decay * a.to(b) + b for a, b in zip(old, new, strict=True)))
         self._running[site.name] = new
+
+    def _warn_of_idle_sites(self) -> None:
+        idle = [site.name for site in self.sites if site.name not in self._running]
+        if idle:
+            warnings.warn(
+                f"Forgetting has no effect at {', '.join(idle)}: no gradient came back with a row per label. The layers "
+                "do not run in the training step, nothing below them is trained, or an in-place operation overwrites a "
+                "view that they return. Name other layers.",
+                stacklevel=3,
+            )
 
     def _refresh(self) -> None:
         """Put the running sums of all processes together: scores and deviations."""
