@@ -445,9 +445,9 @@ class Forgetting:
         idle = [site.name for site in self.sites if site.name not in self._running]
         if idle:
             warnings.warn(
-                f"Forgetting has no effect at {', '.join(idle)}: no gradient came back with a row per label. The layers "
-                "do not run in the training step, nothing below them is trained, or an in-place operation overwrites a "
-                "view that they return. Name other layers.",
+                f"Forgetting has no effect at {', '.join(idle)}: no gradient came back with a row per label. The "
+                "layers do not run in the training step, nothing below them is trained, or an in-place operation "
+                "overwrites a view that they return. Name other layers.",
                 stacklevel=3,
             )
 
