@@ -383,6 +383,16 @@ def test_sites_without_a_gradient_are_named():
     assert list(forgetting.units) == ["0"]
 
 
+def test_a_view_that_is_overwritten_is_not_passed_over_in_silence():
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(30, 2)).double()
+    x, y, attribute = _data(TOKENS)  # torch makes the rows of a linear layer on tokens a view of a matrix
+    with Forgetting(find_sites(model, "0"), 2, every=1) as forgetting:
+        forgetting.observe(y, attribute)
+        F.cross_entropy(model(x), y).backward()
+        with pytest.warns(UserWarning, match="no effect at 0"):
+            forgetting.step()
+
+
 def test_with_one_choice_the_first_units_stay():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 2)).double()
     with torch.no_grad():
