@@ -228,7 +228,12 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(task.threads or torch.get_num_threads())
 
     def rows() -> list[dict[str, Any]]:
-        return [row for row in read_jsonl(path) if all(row.get(k) == v for k, v in key.items())]
+        plain = {k: v for k, v in key.items() if k not in ("layers", "strength")}  # what arms without a penalty need
+        return [
+            row
+            for row in read_jsonl(path)
+            if all(row.get(k) == v for k, v in (plain if row["arm"] in ("none", "erm") else key).items())
+        ]
 
     done = {(row["seed"], row["arm"]) for row in rows()}
     settings = Settings(options.data_root, options.weights, options.cache)
