@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -151,11 +151,23 @@ def _inputs(data: GroupedDataset, size: int = 512) -> Any:
         yield rows, data.y[part]
 
 
+def redrawn(share: float, seed: int) -> Choose:
+    """Other random units at each choice: the control for a choice that moves on."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        noise = {name: torch.rand(len(values), generator=generator) for name, values in scores.items()}
+        return most_informed(share)(noise)
+
+    return choose
+
+
 ARMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "erm": lambda seed: {"choose": None, "balance": False},
     "none": lambda seed: {"choose": None},
     "top": lambda seed: {"choose": most_informed(0.2)},
     "random": lambda seed: {"choose": at_random(0.2, seed)},
+    "random_redrawn": lambda seed: {"choose": redrawn(0.2, seed)},
     "all": lambda seed: {"choose": most_informed(1.0)},
     "top_kept": lambda seed: {"choose": most_informed(0.2), "every": 25, "choices": 1},
     "top_from_start": lambda seed: {"choose": most_informed(0.2), "start": 0.0},
