@@ -9,6 +9,7 @@ from rich.console import Console
 
 COMMANDS = {
     ("compare",): "benchmarks.compare",
+    ("table",): "benchmarks.table",
     ("ceiling",): "benchmarks.ceiling",
     ("golden",): "benchmarks.golden",
     ("units",): "benchmarks.units",

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.baselines import METHODS
 from benchmarks.compare import parse_seeds, quiet
-from benchmarks.experiment import TASKS, Experiment, Run, Settings, Task, add_task_options
+from benchmarks.experiment import TASKS, Experiment, Run, Settings, Shared, Task, add_task_options
 from benchmarks.report import spread
 from benchmarks.results import append_jsonl, read_jsonl
 from demem.data import GroupedDataModule
@@ -31,8 +31,10 @@ FOLDS = 5
 class _Fold(Experiment):
     """An experiment whose held-out set is the test set without the part that is judged."""
 
-    def __init__(self, task: Task, settings: Settings, seed: int, fold: int, epochs: int | None) -> None:
-        super().__init__(replace(task, data=_swapped(task.data, fold)), settings, seed, epochs=epochs)
+    def __init__(
+        self, task: Task, settings: Settings, seed: int, fold: int, epochs: int | None, shared: Shared | None = None
+    ) -> None:
+        super().__init__(replace(task, data=_swapped(task.data, fold)), settings, seed, epochs=epochs, shared=shared)
 
     def erm(self, held_out: str | None = None) -> Run:
         run = super().erm(held_out)  # trained on the first fold; held-out data plays no part in it
@@ -73,12 +75,12 @@ def main(argv: list[str]) -> int:
     if task.threads:
         torch.set_num_threads(task.threads)
     for seed in seeds:
-        settings.runs.clear()
+        shared = Shared()
         for fold in range(FOLDS):
             for arm in arms:
                 if (seed, fold, arm.name) in done:
                     continue
-                experiment = _Fold(task, settings, seed, fold, epochs)
+                experiment = _Fold(task, settings, seed, fold, epochs, shared)
                 outcome, data = arm.run(experiment), experiment.data()
                 judged = data.test_dataset
                 correct, total = group_accuracy_update(outcome.logits["test"], judged.y, judged.group, data.num_groups)

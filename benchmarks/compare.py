@@ -8,163 +8,179 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.results import append_jsonl, read_jsonl
+from benchmarks.results import HELD_OUT, append_jsonl, read_jsonl
+
+if TYPE_CHECKING:  # torch is imported after the arguments are read: --help and a misspelt option answer at once
+    from benchmarks.experiment import Experiment, Method, Outcome, Settings, Shared, Task
 
 DEFAULT_METHODS = "erm,class_balanced,demem"
 EXTRAS = ("diversity", "units", "rounds")
+IDENTITY = ("data", "method", "tier", "held_out", "seed")
+
+
+class Job(NamedTuple):
+    """What becomes one row."""
+
+    task: Task
+    seed: int
+    held_out: str
+    method: Method
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The first columns of the row, which name it."""
+        names = self.task.name, self.method.name, self.method.tier, self.held_out, self.seed
+        return dict(zip(IDENTITY, names, strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.task.name} · seed {self.seed} · {self.held_out} · {self.method.label}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options ask for; ``epochs`` is ``None`` for each data set's own number."""
+
+    tasks: list[Task]
+    methods: list[Method]
+    seeds: list[int]
+    held_out: list[str]
+    epochs: int | None = None
+
+    def jobs(self) -> Iterator[Job]:
+        for task in self.tasks:
+            for seed in self.seeds:
+                for held_out in self.held_out:
+                    for method in self.methods:
+                        if held_out in method.held_out:
+                            yield Job(task, seed, held_out, method)
+
+    def missing(self, rows: list[dict[str, Any]]) -> list[Job]:
+        """The jobs that have no row yet."""
+        done = {tuple(row.get(key) for key in (*IDENTITY, "epochs")) for row in rows}
+        return [job for job in self.jobs() if (*job.identity.values(), self.epochs or job.task.epochs) not in done]
 
 
 def main(argv: list[str]) -> int:
-    return _run(_parser().parse_args(argv), Console())
+    options, console = _parser().parse_args(argv), Console()
+    from benchmarks.experiment import Settings
+    from benchmarks.report import write_report
+
+    settings = Settings(options.data_root, options.weights, options.cache)
+    plan = make_plan(options)
+    for task in plan.tasks:
+        _check_files(task, settings)
+    out = _writable(options.out)
+    if not options.resume:
+        _put_aside(out, console)
+    rows = read_jsonl(out / "results.jsonl")
+    jobs = plan.missing(rows)
+    if not jobs and not rows:
+        names = ", ".join(dict.fromkeys(method.name for method in plan.methods))
+        raise ValueError(f"None of {names} uses --held-out {options.held_out}.")
+    _run(jobs, plan, settings, rows, out, console)
+    write_report(out, console)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks compare", description=__doc__)
     parser.add_argument(
-        "--data", default="digits", help="data sets, comma-separated, or 'all' that need no GPU (default: digits)"
+        "--data",
+        default="digits",
+        help="data sets, comma-separated; 'all' that need no GPU; my_module:make_task for your own (default: digits)",
     )
-    parser.add_argument("--data-root", type=Path, help="folder with waterbirds_v1.0, MNIST, FashionMNIST")
+    parser.add_argument("--data-root", type=Path, help="folder with waterbirds_v1.0, MNIST, FashionMNIST, rt-polarity")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 safetensors file (default: below --data-root)")
     parser.add_argument(
-        "--cache", type=Path, help="folder for Waterbirds' frozen-layer outputs, 0.7 GB (default: user cache)"
+        "--backbone",
+        choices=("mobilenetv2", "efficientnet_lite0"),
+        default="mobilenetv2",
+        help="network of waterbirds (default: mobilenetv2)",
     )
     parser.add_argument(
-        "--methods", default=DEFAULT_METHODS, help=f"arms, comma-separated, or 'all' (default: {DEFAULT_METHODS})"
+        "--cache", type=Path, help="folder for outputs of frozen layers, 0.3–0.8 GB per data set (default: user cache)"
+    )
+    parser.add_argument(
+        "--methods",
+        default=DEFAULT_METHODS,
+        help=f"arms, comma-separated; 'all'; my_module:METHODS for your own (default: {DEFAULT_METHODS})",
     )
     parser.add_argument("--seeds", default="5", help="how many (5: seeds 0 to 4), or a list such as 0,3,7 (default: 5)")
     parser.add_argument("--epochs", type=int, help="default: the data set's own")
-    parser.add_argument("--held-out", default="val", choices=("val", "iid", "both"), help="default: val")
+    parser.add_argument(
+        "--held-out",
+        default="val",
+        help="what arms may train on beside the training set: none, iid (a slice of it), val (the validation set); "
+        "comma-separated, 'both' (val,iid) or 'all' (default: val)",
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: results/")
     parser.add_argument("--resume", action="store_true", help="keep the finished rows in --out and add the others")
     return parser
 
 
-def _run(options: argparse.Namespace, console: Console) -> int:
-    # Heavy imports after the arguments are read, so that --help and a misspelt option answer at once.
-    import torch
+# Plan
 
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """The data sets, arms, seeds and held-out sources that the options name.
+
+    Raises:
+        ValueError: an option names something that there is not.
+    """
     from benchmarks.baselines import METHODS
-    from benchmarks.experiment import TASKS, Experiment, Settings, judge, mobilenet_weights
-    from benchmarks.report import write_report
+    from benchmarks.experiment import BACKBONES, TASKS
+    from benchmarks.own import load_methods, load_task
 
-    data = ",".join(t.name for t in TASKS.values() if not t.gpu) if options.data == "all" else options.data
-    tasks = [TASKS[name] for name in _names(data, list(TASKS), "--data", "data set")]
-    known = list(dict.fromkeys(m.name for m in METHODS))
-    chosen = _names(options.methods, known, "--methods", "method")
-    methods = [m for m in METHODS if m.name in chosen]
+    without_gpu = [task.name for task in TASKS.values() if not task.gpu]
+    names, own = _names(options.data, list(TASKS), "--data", "data set", {"all": without_gpu})
+    chosen_birds = BACKBONES[options.backbone]
+    if chosen_birds != "waterbirds" and "waterbirds" not in names:
+        raise ValueError(f"--backbone chooses the network of waterbirds, and --data names {', '.join(names + own)}.")
+    tasks = [TASKS[n] for n in dict.fromkeys(chosen_birds if name == "waterbirds" else name for name in names)]
+    for name in own:
+        tasks.append(load_task(name, [*TASKS.values(), *tasks]))
+    known = list(dict.fromkeys(method.name for method in METHODS))
+    names, own = _names(options.methods, known, "--methods", "method", {"all": known})
+    methods = [method for method in METHODS if method.name in names]
+    for name in own:
+        methods += load_methods(name, [*METHODS, *methods])
     seeds = parse_seeds(options.seeds)
-    sources = ["val", "iid"] if options.held_out == "both" else [options.held_out]
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {options.epochs}.")
-    settings = Settings(options.data_root, options.weights, options.cache)
-    for task in tasks:
-        for file in task.files:
-            if not (settings.root(task.name) / file).exists():
-                raise ValueError(
-                    f"--data {task.name} reads {file} below --data-root, and {options.data_root} has none."
-                )
-        if task.pretrained and not mobilenet_weights(settings).is_file():
-            raise ValueError(
-                f"--data {task.name} needs MobileNetV2 weights; there are none at {mobilenet_weights(settings)}."
-            )
-    out = _writable(options.out)
-    results = out / "results.jsonl"
-    if results.exists() and not options.resume:
-        kept = results.with_name(f"results-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
-        results.rename(kept)
-        for name in EXTRAS:
-            (out / f"{name}.jsonl").unlink(missing_ok=True)
-        console.print(f"Earlier rows moved to {kept}; --resume would have added to them.")
-
-    finished = {_key(row) for row in read_jsonl(results)}
-    plan = [
-        (task, seed, source, method)
-        for task in tasks
-        for seed in seeds
-        for source in sources
-        for method in methods
-        if source in method.held_out
-        and (task.name, method.name, method.tier, source, seed, options.epochs or task.epochs) not in finished
-    ]
-    if not plan and not finished:
-        raise ValueError(f"None of {', '.join(chosen)} uses --held-out {options.held_out}.")
-    for row in read_jsonl(results):  # what an expensive arm chose on its first seed holds after a resume too
-        if "tuned" in row.get("config", {}):
-            settings.choices.setdefault((row["data"], row["method"], row["held_out"]), row["config"]["tuned"])
-
-    quiet()
-    threads = torch.get_num_threads()
-    last: tuple[str, int] | None = None
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("rows", total=len(plan))
-        for task, seed, source, method in plan:
-            if (task.name, seed) != last:
-                settings.runs.clear()
-                torch.set_num_threads(task.threads or threads)
-                last = (task.name, seed)
-            name = f"{task.name} · seed {seed} · {source} · {method.label}"
-            progress.update(bar, description=name)
-
-            def on_epoch(done: int, of: int, name: str = name) -> None:
-                progress.update(bar, description=f"{name} · epoch {done}/{of}")
-
-            def on_caching(file: str, done: int, of: int) -> None:
-                progress.update(bar, description=f"computing frozen layers once: {file} {done}/{of}")
-
-            settings.on_epoch, settings.on_caching = on_epoch, on_caching
-            experiment = Experiment(task, settings, seed, source, options.epochs, watched=seed == seeds[0])
-            data = experiment.data()
-            before = set(settings.runs)
-            start = time.perf_counter()
-            outcome = method.run(experiment)
-            seconds = time.perf_counter() - start
-            # A shared ERM run is part of what each arm on top of it costs.
-            shared = settings.runs.get((task.name, seed, source, experiment.epochs))
-            if method.uses_erm and shared is not None and set(settings.runs) == before:
-                seconds += shared.seconds
-            identity = {"data": task.name, "method": method.name, "tier": method.tier, "held_out": source, "seed": seed}
-            for kind, rows in outcome.extras.items():
-                for row in rows:
-                    append_jsonl(out / f"{kind}.jsonl", {**identity, **row})
-            row = {
-                **identity,
-                **judge(outcome, data),
-                "selection": method.selection,
-                "epochs": experiment.epochs,
-                "seconds": round(seconds, 2),
-                "config": outcome.config,
-            }
-            append_jsonl(results, row)
-            progress.advance(bar)
-
-    write_report(out, console)
-    return 0
+    several = {"all": list(HELD_OUT), "both": ["val", "iid"]}
+    held_out, _ = _names(options.held_out, list(HELD_OUT), "--held-out", "held-out source", several)
+    return Plan(tasks, methods, seeds, held_out, options.epochs)
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(k) for k in ("data", "method", "tier", "held_out", "seed", "epochs"))
+def _names(
+    given: str, known: list[str], option: str, what: str, several: dict[str, list[str]]
+) -> tuple[list[str], list[str]]:
+    """The known names in a comma-separated list, and those of the form ``module:attribute``.
 
-
-def _names(given: str, known: list[str], option: str, what: str) -> list[str]:
-    names = known if given == "all" else [name.strip() for name in given.split(",") if name.strip()]
+    Args:
+        given: the list.
+        known: names that there are.
+        option, what: for the error.
+        several: names that stand for others.
+    """
+    parts = [part.strip() for part in given.split(",") if part.strip()]
+    own = [part for part in parts if ":" in part]
+    names = [name for part in parts if part not in own for name in several.get(part, [part])]
     unknown = [name for name in names if name not in known]
-    if unknown or not names:
+    if unknown or not parts:
         raise ValueError(
             f"{option}: unknown {what} {', '.join(unknown) or '(none given)'}. There are: {', '.join(known)}."
         )
-    return names
+    return list(dict.fromkeys(names)), list(dict.fromkeys(own))
 
 
 def parse_seeds(given: str) -> list[int]:
@@ -178,14 +194,130 @@ def parse_seeds(given: str) -> list[int]:
     return seeds
 
 
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written: {error.strerror or error}.") from error
-    return folder
+def _check_files(task: Task, settings: Settings) -> None:
+    for file in task.files:
+        if not (settings.root(task.name) / file).exists():
+            raise ValueError(f"--data {task.name} reads {file} below --data-root, and {settings.data_root} has none.")
+    if task.check is not None:
+        task.check(settings)
+
+
+# Run
+
+
+def _run(
+    jobs: list[Job], plan: Plan, settings: Settings, rows: list[dict[str, Any]], out: Path, console: Console
+) -> None:
+    """Every job, one after the other; its row is on disk before the next one begins."""
+    import torch
+
+    from benchmarks.experiment import Shared
+
+    quiet()
+    threads = torch.get_num_threads()
+    shared, last = Shared(_choices(rows)), None
+    with _progress(console, len(jobs)) as progress:
+        for job in jobs:
+            if last is None or job.task.name != last[0]:
+                _print_sources(job.task, settings, console)
+            if (job.task.name, job.seed) != last:
+                shared.start_seed()
+                torch.set_num_threads(job.task.threads or threads)
+                last = (job.task.name, job.seed)
+            row, extras = run_job(job, plan, progress.told(settings, str(job)), shared)
+            _write(out, row, extras)
+            progress.advance()
+
+
+def _print_sources(task: Task, settings: Settings, console: Console) -> None:
+    for line in [] if task.sources is None else task.sources(settings):
+        console.print(f"{task.name}: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def run_job(
+    job: Job, plan: Plan, settings: Settings, shared: Shared
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Train and judge one arm: its row, and what the figures need by kind of figure."""
+    from benchmarks.experiment import Experiment, judge
+
+    task, seed, held_out, method = job
+    experiment = Experiment(task, settings, seed, held_out, plan.epochs, seed == plan.seeds[0], shared)
+    data = experiment.data()
+    outcome, seconds = _outcome(method, experiment)
+    row = {
+        **job.identity,
+        **judge(outcome, data),
+        "selection": method.selection,
+        "epochs": experiment.epochs,
+        "seconds": round(seconds, 2),
+        "config": outcome.config,
+    }
+    return row, outcome.extras
+
+
+def _outcome(method: Method, experiment: Experiment) -> tuple[Outcome, float]:
+    """What the arm hands back, and the seconds that this took."""
+    from benchmarks.experiment import Outcome
+
+    shared, name = experiment.shared, (method.name, method.tier)
+    same_on_both = {"none", "val"} <= set(method.held_out) and experiment.held_out != "iid"
+    if same_on_both and name in shared.outcomes:
+        return shared.outcomes[name]
+    # A shared ERM run is part of what each arm on top of it costs.
+    earlier = shared.runs.get(experiment.erm_key) if method.uses_erm else None
+    start = time.perf_counter()
+    outcome = method.run(experiment)
+    if not isinstance(outcome, Outcome):
+        raise ValueError(
+            f"The arm {method.label} must return a benchmarks.experiment.Outcome, got {type(outcome).__name__}."
+        )
+    seconds = time.perf_counter() - start + (0.0 if earlier is None else earlier.seconds)
+    if same_on_both:
+        shared.outcomes[name] = outcome, seconds
+    return outcome, seconds
+
+
+def _choices(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What an expensive arm chose on its first seed, which holds after a resume too: the choice ``arm`` is ``tuned`` in
+    the configuration of its row, the choice ``arm_part`` is ``tuned_part``."""
+    from benchmarks.experiment import selected_on
+
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        for key, chosen in row.get("config", {}).items():
+            if key == "tuned" or key.startswith("tuned_"):
+                arm = row["method"] + key.removeprefix("tuned")
+                found.setdefault((row["data"], arm, selected_on(row["held_out"])), chosen)
+    return found
+
+
+class _Bar:
+    """The progress bar: which row is being made, and how far it is."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.task = progress, progress.add_task("rows", total=total)
+
+    def told(self, settings: Settings, name: str) -> Settings:
+        """The settings, with this bar told about the progress of the row ``name``."""
+        self._show(name)
+        return replace(
+            settings,
+            on_epoch=lambda done, of: self._show(f"{name} · epoch {done}/{of}"),
+            on_caching=lambda file, done, of: self._show(f"computing frozen layers once: {file} {done}/{of}"),
+        )
+
+    def advance(self) -> None:
+        self.progress.advance(self.task)
+
+    def _show(self, text: str) -> None:
+        self.progress.update(self.task, description=text)
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[_Bar]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Bar(progress, total)
 
 
 def quiet() -> None:
@@ -200,3 +332,36 @@ def quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+
+
+# Write
+
+
+def _write(out: Path, row: dict[str, Any], extras: dict[str, list[dict[str, Any]]]) -> None:
+    identity = {key: row[key] for key in IDENTITY}
+    for kind, records in extras.items():
+        for record in records:
+            append_jsonl(out / f"{kind}.jsonl", {**identity, **record})
+    append_jsonl(out / "results.jsonl", row)
+
+
+def _put_aside(out: Path, console: Console) -> None:
+    """Rename the results of an earlier run, so that rows are not mixed."""
+    results = out / "results.jsonl"
+    if not results.exists():
+        return
+    kept = results.with_name(f"results-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
+    results.rename(kept)
+    for name in EXTRAS:
+        (out / f"{name}.jsonl").unlink(missing_ok=True)
+    console.print(f"Earlier rows moved to {kept}; --resume would have added to them.")
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror or error}.") from error
+    return folder

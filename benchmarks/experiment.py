@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from benchmarks import sentiment, solar, waterbirds
+from benchmarks.backbones import make_backbone, weights_file
+from benchmarks.results import HELD_OUT
 from demem.batch import apply_model
-from demem.callbacks.diversity import ActivationDiversityMonitor
+from demem.callbacks import ActivationDiversityMonitor
 from demem.data import ColoredMNIST, Dominoes, GroupedDataModule, SpuriousDigits, WildsDataModule
 from demem.metrics import (
     adjusted_average_accuracy_compute,
@@ -29,24 +32,22 @@ from demem.module import Classifier
 from demem.sites import find_head
 
 SPLITS = ("train", "val", "test")
+_MOBILENET, _LITE0 = "mobilenetv2", "efficientnet_lite0"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
-    """Where things are, and what a run has learned so far.
+    """What the user gives to a run: where files are, and whom to tell how far it has come.
 
     Attributes:
         data_root, weights, cache: folders and files named by the user.
-        choices: hyper-parameters that an arm chose on its first seed, by (data, arm, held-out source).
-        runs: networks trained on the seed at hand, so that arms that only refit a head share one ERM run.
         on_epoch: called with the number of epochs done and in all.
+        on_caching: called with (file, images done, images in all) while frozen layers are computed.
     """
 
     data_root: Path | None = None
     weights: Path | None = None
     cache: Path | None = None
-    choices: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
-    runs: dict[Any, Run] = field(default_factory=dict)
     on_epoch: Callable[[int, int], None] | None = None
     on_caching: Callable[[str, int, int], None] | None = None
 
@@ -54,6 +55,34 @@ class Settings:
         if self.data_root is None:
             raise ValueError(f"--data {task} reads a local folder: pass --data-root.")
         return self.data_root
+
+
+def selected_on(held_out: str) -> str:
+    """What the validation loader reads: ``"iid"`` or ``"val"``.  With the held-out source ``none`` it is the validation
+    set, whose labels then select and train nothing; the training set is the whole one, as with ``val``."""
+    return "iid" if held_out == "iid" else "val"
+
+
+@dataclass
+class Shared:
+    """What the experiments of one comparison leave for each other.
+
+    Attributes:
+        choices: hyper-parameters that an arm chose on its first seed, by (data, arm, :func:`selected_on`); later seeds
+            keep them.
+        runs: ERM networks by :attr:`Experiment.erm_key`, so that arms that only refit a head share one.
+        outcomes: of this seed's arms that train on no held-out label, with their seconds, by (arm, tier): their rows on
+            ``none`` and ``val`` are of one run.
+    """
+
+    choices: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    runs: dict[tuple[str, int, str, int], Run] = field(default_factory=dict)
+    outcomes: dict[tuple[str, str], tuple[Outcome, float]] = field(default_factory=dict)
+
+    def start_seed(self) -> None:
+        """Forget the networks of the seed before; what was chosen is kept."""
+        self.runs.clear()
+        self.outcomes.clear()
 
 
 @dataclass(frozen=True)
@@ -66,7 +95,8 @@ class Task:
     module: Callable[..., Classifier]  # (settings, **options), under a fixed seed
     files: tuple[str, ...] = ()  # what must be below --data-root
     threads: int | None = None  # a small network runs faster on one thread, above all on a busy machine
-    pretrained: bool = False  # starts from MobileNetV2's weights
+    check: Callable[[Settings], Any] | None = None  # raises if a package or weights are missing
+    sources: Callable[[Settings], list[str]] | None = None  # where data and weights come from, and their licences
     gpu: bool = False  # takes one, and so is no part of ``--data all``
 
 
@@ -97,7 +127,7 @@ class Run:
     @cached_property
     def features(self) -> Features:
         head = find_head(self.module)[1]
-        z, _ = zip(*(self._read(split) for split in SPLITS), strict=True)
+        z, _ = zip(*(self.read(split) for split in SPLITS), strict=True)
         sets = self._sets()
         return Features(
             dict(zip(SPLITS, z, strict=True)),
@@ -109,7 +139,7 @@ class Run:
 
     @cached_property
     def logits(self) -> dict[str, Tensor]:
-        return {split: self._read(split)[1] for split in SPLITS}
+        return {split: self.read(split)[1] for split in SPLITS}
 
     def extras(self) -> dict[str, list[dict[str, Any]]]:
         """What the callbacks recorded for the figures: ``diversity``, a row an epoch."""
@@ -132,7 +162,8 @@ class Run:
             "test": self.data.test_dataset,
         }
 
-    def _read(self, split: str) -> tuple[Tensor, Tensor]:
+    def read(self, split: str) -> tuple[Tensor, Tensor]:
+        """What the head reads of a split, before any gate, ``(S, N)``, and the logits ``(S, C)``."""
         loader = {
             "train": self.data.train_eval_dataloader,
             "val": self.data.val_dataloader,
@@ -170,11 +201,12 @@ class Method:
     """One arm.
 
     Attributes:
-        name: in the table and in ``results.jsonl``; arms of other tiers may share it.
+        name: in the table and in ``results.jsonl``; arms of other tiers or held-out sources may share it.
         tier: group labels seen: T0 none … T3 training groups.
         selection: how hyper-parameters and epoch are chosen, in a few words.
         run: the arm itself.
-        held_out: the held-out sources that it can use.
+        held_out: the held-out sources (:data:`HELD_OUT`) that it has a row on.  One that lists ``none`` beside ``val``
+            trains on no held-out label, so that both rows are of the same run.
         uses_erm: whether it starts from the shared ERM run, whose time then counts as its own.
         grid: what is tuned, for the reader.
     """
@@ -205,6 +237,15 @@ class Experiment:
 
     Initialisation, the order of the examples, the ``iid`` slice and the made data follow from the seed alone, and are
     the same for every arm.
+
+    Args:
+        task: the data set, its network and its schedule.
+        settings: where files are, and whom to tell about progress.
+        seed: of everything random.
+        held_out: held-out source, one of :data:`HELD_OUT`.
+        epochs: default those of the task.
+        watched: record what the figures need.
+        shared: what the other experiments of the comparison left; default nothing.
     """
 
     def __init__(
@@ -215,10 +256,14 @@ class Experiment:
         held_out: str = "val",
         epochs: int | None = None,
         watched: bool = False,
+        shared: Shared | None = None,
     ) -> None:
+        if held_out not in HELD_OUT:
+            raise ValueError(f"held_out must be one of {', '.join(HELD_OUT)}, got {held_out!r}.")
         self.task, self.settings, self.seed, self.held_out = task, settings, seed, held_out
         self.epochs = epochs or task.epochs
         self.watched = watched
+        self.shared = shared or Shared()
 
     def watch(self) -> list[pl.Callback]:
         """Callbacks that record diversity for the figures, in runs that are watched."""
@@ -226,14 +271,23 @@ class Experiment:
 
     def data(self, **options: Any) -> GroupedDataModule:
         """A fresh data module."""
-        data = self.task.data(self.settings, **{"seed": self.seed, "held_out": self.held_out, **options})
+        data = self.task.data(self.settings, **{"seed": self.seed, "held_out": selected_on(self.held_out), **options})
+        if not isinstance(data, GroupedDataModule):
+            raise ValueError(
+                f"The data of {self.task.name} must be a demem.data.GroupedDataModule, got {type(data).__name__}."
+            )
         data.setup()
         return data
 
     def module(self, **options: Any) -> Classifier:
         """A freshly initialised network."""
         pl.seed_everything(self.seed, verbose=False)
-        return self.task.module(self.settings, **options)
+        module = self.task.module(self.settings, **options)
+        if not isinstance(module, Classifier):
+            raise ValueError(
+                f"The network of {self.task.name} must be a demem.module.Classifier, got {type(module).__name__}."
+            )
+        return module
 
     def fit(
         self,
@@ -275,23 +329,31 @@ class Experiment:
 
     def erm(self, held_out: str | None = None) -> Run:
         """The ERM run of this seed, trained once; ``held_out`` names the source if not this experiment's."""
-        held_out = held_out or self.held_out
-        key = (self.task.name, self.seed, held_out, self.epochs)
-        if key not in self.settings.runs:
-            other = Experiment(self.task, self.settings, self.seed, held_out, self.epochs, self.watched)
-            self.settings.runs[key] = other.fit(callbacks=other.watch())
-        return self.settings.runs[key]
+        other = Experiment(
+            self.task, self.settings, self.seed, held_out or self.held_out, self.epochs, self.watched, self.shared
+        )
+        if other.erm_key not in self.shared.runs:
+            self.shared.runs[other.erm_key] = other.fit(callbacks=other.watch())
+        return self.shared.runs[other.erm_key]
+
+    @property
+    def erm_key(self) -> tuple[str, int, str, int]:
+        """What the ERM run of this experiment is kept under (:class:`Shared`)."""
+        return self.task.name, self.seed, selected_on(self.held_out), self.epochs
 
     def choose(self, arm: str, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Hyper-parameters of an expensive arm, tuned on the first seed of the run and kept for the others."""
-        key = (self.task.name, arm, self.held_out)
-        if key not in self.settings.choices:
-            self.settings.choices[key] = choose()
-        return self.settings.choices[key]
+        key = (self.task.name, arm, selected_on(self.held_out))
+        if key not in self.shared.choices:
+            self.shared.choices[key] = choose()
+        return self.shared.choices[key]
 
 
 def judge(outcome: Outcome, data: GroupedDataModule) -> dict[str, Any]:
     """The accuracies of a row, on the test set and, by group, on the training set."""
+    missing = [split for split in ("train", "test") if split not in outcome.logits]
+    if missing:
+        raise ValueError(f"The outcome has no logits of the split {' and '.join(missing)}.")
     groups, sizes = data.num_groups, data.train_group_counts
     sets = {"train": data.train_eval_dataset, "test": data.test_dataset}
     counts = {
@@ -336,20 +398,6 @@ def _dominoes(correlation: float, **pairs: Any) -> Callable[..., GroupedDataModu
     return make
 
 
-def _waterbirds(settings: Settings, **options: Any) -> GroupedDataModule:
-    from benchmarks.waterbirds import WaterbirdsFeatures, cache_features
-
-    root = settings.root("waterbirds")
-    folder = cache_features(root, mobilenet_weights(settings), settings.cache, settings.on_caching)
-    return WaterbirdsFeatures(folder, **options)
-
-
-def _waterbirds_module(settings: Settings, **options: Any) -> Classifier:
-    from benchmarks.waterbirds import Tail, pretrained
-
-    return Classifier(Tail(pretrained(mobilenet_weights(settings))), freeze_batchnorm=True, **{"lr": 3e-3, **options})
-
-
 def _waterbirds_full(settings: Settings, **options: Any) -> GroupedDataModule:
     half, workers = (0.5, 0.5, 0.5), min(8, os.cpu_count() or 1)
     options = {"resize": 180, "crop": 180, "mean": half, "std": half, "num_workers": workers, **options}
@@ -357,16 +405,9 @@ def _waterbirds_full(settings: Settings, **options: Any) -> GroupedDataModule:
 
 
 def _waterbirds_full_module(settings: Settings, **options: Any) -> Classifier:
-    from benchmarks.waterbirds import pretrained
-
-    network = pretrained(mobilenet_weights(settings))
+    network = make_backbone(_MOBILENET, weights_file(_MOBILENET, settings))
     network.classifier = torch.nn.Linear(1280, 2)
     return Classifier(network, freeze_batchnorm=True, **{"lr": 3e-3, **options})
-
-
-def mobilenet_weights(settings: Settings) -> Path:
-    """``--weights``, or ``mobilenetv2_100/model.safetensors`` below ``--data-root``."""
-    return settings.weights or settings.root("waterbirds") / "mobilenetv2_100" / "model.safetensors"
 
 
 def _cnn(in_chans: int) -> Callable[..., Classifier]:
@@ -389,23 +430,79 @@ def _resnet(settings: Settings, **options: Any) -> Classifier:
     return Classifier("resnet10t", in_chans=1, model_kwargs=shape, **{"lr": 0.05, **options})
 
 
+def _digits_sources(settings: Settings) -> list[str]:
+    return ["data: scikit-learn's load_digits (Optical Recognition of Handwritten Digits, UCI; CC BY 4.0)"]
+
+
+def _mnist_sources(settings: Settings) -> list[str]:
+    return [f"data: {settings.data_root}/MNIST/raw (MNIST; CC BY-SA 3.0)"]
+
+
+def _pair_sources(settings: Settings) -> list[str]:
+    fashion = f"data: {settings.data_root}/FashionMNIST/raw (Fashion-MNIST; MIT)"
+    return [*_mnist_sources(settings), fashion]
+
+
 _PAIR = ("MNIST/raw", "FashionMNIST/raw")
 _BIRDS = ("waterbirds_v1.0/metadata.csv",)
+
+
+def _waterbirds_task(name: str, backbone: str) -> Task:
+    return Task(
+        name,
+        10,
+        partial(waterbirds.make_data, backbone),
+        partial(waterbirds.make_module, backbone),
+        _BIRDS,
+        check=partial(weights_file, backbone),
+        sources=partial(waterbirds.sources, backbone),
+    )
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("digits", 20, _digits, _cnn(3), threads=1),
-        Task("digits_balanced", 20, _digits_balanced, _cnn(3), threads=1),
-        Task("colored_mnist", 10, _colored_mnist, _cnn(3), ("MNIST/raw",)),
-        Task("dominoes", 10, _dominoes(0.95), _resnet, _PAIR),
-        Task("dominoes99", 10, _dominoes(0.99), _resnet, _PAIR),
-        Task("dominoes_shirts", 10, _dominoes(0.95, mnist_classes=(3, 8), fashion_classes=(2, 6)), _resnet, _PAIR),
-        Task("dominoes_vit", 15, _dominoes(0.95), _vit, _PAIR),
-        Task("waterbirds", 10, _waterbirds, _waterbirds_module, _BIRDS, pretrained=True),
-        Task("waterbirds_full", 30, _waterbirds_full, _waterbirds_full_module, _BIRDS, pretrained=True, gpu=True),
+        Task("digits", 20, _digits, _cnn(3), threads=1, sources=_digits_sources),
+        Task("digits_balanced", 20, _digits_balanced, _cnn(3), threads=1, sources=_digits_sources),
+        Task("colored_mnist", 10, _colored_mnist, _cnn(3), ("MNIST/raw",), sources=_mnist_sources),
+        Task("dominoes", 10, _dominoes(0.95), _resnet, _PAIR, sources=_pair_sources),
+        Task("dominoes99", 10, _dominoes(0.99), _resnet, _PAIR, sources=_pair_sources),
+        Task(
+            "dominoes_shirts",
+            10,
+            _dominoes(0.95, mnist_classes=(3, 8), fashion_classes=(2, 6)),
+            _resnet,
+            _PAIR,
+            sources=_pair_sources,
+        ),
+        Task("dominoes_vit", 15, _dominoes(0.95), _vit, _PAIR, sources=_pair_sources),
+        _waterbirds_task("waterbirds", _MOBILENET),
+        _waterbirds_task("waterbirds_lite0", _LITE0),
+        Task(
+            "waterbirds_full",
+            30,
+            _waterbirds_full,
+            _waterbirds_full_module,
+            _BIRDS,
+            check=partial(weights_file, _MOBILENET),
+            sources=partial(waterbirds.sources, _MOBILENET),
+            gpu=True,
+        ),
+        Task("solar", 10, solar.make_data, solar.make_module, check=solar.check, sources=solar.sources),
+        Task(
+            "sentiment",
+            3,
+            sentiment.make_data,
+            sentiment.make_module,
+            sentiment.FILES,
+            check=sentiment.check,
+            sources=sentiment.sources,
+        ),
     )
 }
 """The data sets by name; ``--data all`` is all that need no GPU."""
+BACKBONES = {_MOBILENET: "waterbirds", _LITE0: "waterbirds_lite0"}
+"""What ``--data waterbirds --backbone NAME`` means."""
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:

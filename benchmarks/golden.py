@@ -59,7 +59,7 @@ def _values(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         seeds, sources = PLAN[task]
         for seed in range(seeds):
             for source in sources:
-                for method in (m for m in METHODS if m.name == "demem"):
+                for method in (m for m in METHODS if m.name == "demem" and source in m.held_out):
                     experiment = Experiment(TASKS[task], settings, seed, source)
                     outcome = method.run(experiment)
                     row = judge(outcome, experiment.data())

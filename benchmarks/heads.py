@@ -1,4 +1,4 @@
-"""Refit a classification head on fixed features, and the splits and scores that go with it."""
+"""Refit a classification head on fixed features, and the splits that go with it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,3 @@ def halves(key: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(key), generator=torch.Generator().manual_seed(seed))
     order = order[key[order].argsort(stable=True)]
     return order[::2], order[1::2]
-
-
-def worst_accuracy(predicted: Tensor, y: Tensor, key: Tensor) -> float:
-    """The lowest accuracy over the values of ``key``: classes (tier T0) or groups."""
-    right = predicted == y
-    return min(float(right[key == k].float().mean()) for k in key.unique())

@@ -12,15 +12,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import read_jsonl
+from benchmarks.results import HELD_OUT, read_jsonl
 
 Row = dict[str, Any]
-Arm = tuple[str, str, str]  # method, tier, held-out source
+Arm = tuple[str, str]  # method, tier
+Panel = tuple[str, str]  # data set, held-out source: what arms are compared within
 
 COLUMNS = (
     "method",
     "tier",
-    "held out",
     "worst group",
     "− ERM",
     "p",
@@ -34,27 +34,33 @@ COLUMNS = (
 LEGEND = """\
 Test accuracy in percent, mean ± standard deviation over n seeds. *− ERM*: mean difference in worst-group accuracy on
 the same seeds and held-out source, with its 95% interval; *p*: paired t-test. *train worst*: worst-group accuracy on
-the training set. *s*: seconds a row, training included. Tiers, by the group labels seen: T0 none, T1 validation
-groups for selection, T2 validation groups inside the method, T3 training groups.
+the training set. *s*: seconds per row, training included. Tiers, by the group labels seen: T0 none, T1 validation
+groups for selection, T2 validation groups inside the method, T3 training groups. Held-out sources, by what a method may
+train on beside the training set: none nothing (the network is judged as trained; held-out labels may select), iid a
+random slice of the training set, val the validation set.
 """
 
 
-def write_report(out: Path, console: Console | None = None) -> None:
-    """Print the table; write ``table.md`` and the figures that the rows in ``out`` allow.
+def write_report(out: Path, console: Console | None = None, results: Path | None = None) -> None:
+    """Print the tables; write ``table.md`` and the figures that the rows allow.  Each held-out source has its own table
+    and its own panel, as a rank among arms that train on different data says little.
 
     Args:
-        out: holds ``results.jsonl`` and, for some figures, ``diversity.jsonl``, ``units.jsonl`` and ``rounds.jsonl``.
+        out: where table and figures go.
         console: where to print; ``None`` prints nothing.
+        results: the rows; default ``results.jsonl`` in ``out``.  Some figures also need ``diversity.jsonl``,
+            ``units.jsonl`` and ``rounds.jsonl`` beside it.  All may be compressed (``.jsonl.gz``).
     """
-    rows = latest(read_jsonl(out / "results.jsonl"))
+    results = results or out / "results.jsonl"
+    rows = latest(read_jsonl(results))
     markdown = ["# Worst-group accuracy\n"]
-    for data in dict.fromkeys(row["data"] for row in rows):
-        lines = summarise([row for row in rows if row["data"] == data])
-        epochs = sorted({row["epochs"] for row in rows if row["data"] == data})
+    for (data, held_out), these in _panels_of(rows).items():
+        lines = summarise(these)
+        epochs = sorted({row["epochs"] for row in these})
         if console is not None:
-            console.print(_console_table(data, epochs, lines))
+            console.print(_console_table(_title(data, held_out), epochs, lines))
         markdown += [
-            f"## {data}\n",
+            f"## {_title(data, held_out)}\n",
             "| " + " | ".join(COLUMNS) + " |",
             "|" + "---|" * len(COLUMNS),
             *("| " + " | ".join(line) + " |" for line in lines),
@@ -62,20 +68,19 @@ def write_report(out: Path, console: Console | None = None) -> None:
         ]
     markdown.append(LEGEND)
     (out / "table.md").write_text("\n".join(markdown), encoding="utf-8")
-    figures = draw_figures(out, rows)
+    figures = draw_figures(out, rows, results.parent)
     if console is not None:
         console.print(f"Rows, table and {len(figures)} figures are in {out}/.", highlight=False)
         console.print(next_step(rows), highlight=False, style="bold")
 
 
-def _console_table(data: str, epochs: list[int], lines: list[list[str]]) -> Table:
+def _console_table(title: str, epochs: list[int], lines: list[list[str]]) -> Table:
     """The columns that fit a terminal of 80 characters."""
-    sources = sorted({line[2] for line in lines})
-    shown = [0, 1, *([2] if len(sources) > 1 else []), 3, 4, 5, 7]
-    title = f"{data}, {'/'.join(map(str, epochs))} epochs, held out: {' and '.join(sources)} (test accuracy, %)"
+    shown = [0, 1, 2, 3, 4, 6]
+    title = f"{title}, {'/'.join(map(str, epochs))} epochs (test accuracy, %)"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for i in shown:
-        table.add_column(COLUMNS[i], justify="left" if i < 3 else "right", no_wrap=True)
+        table.add_column(COLUMNS[i], justify="left" if i < 2 else "right", no_wrap=True)
     for line in lines:
         table.add_row(*(line[i] for i in shown))
     return table
@@ -84,15 +89,16 @@ def _console_table(data: str, epochs: list[int], lines: list[list[str]]) -> Tabl
 def latest(rows: list[Row]) -> list[Row]:
     """The last row of each arm, data set and seed; of several numbers of epochs on disk the last one written."""
     epochs = {row["data"]: row["epochs"] for row in rows}
-    kept = {(*arm(row), row["data"], row["seed"]): row for row in rows if row["epochs"] == epochs[row["data"]]}
+    kept = {(*arm(row), *_panel(row), row["seed"]): row for row in rows if row["epochs"] == epochs[row["data"]]}
     return list(kept.values())
 
 
 def arm(row: Row) -> Arm:
-    return row["method"], row["tier"], row["held_out"]
+    return row["method"], row["tier"]
 
 
 def arms(rows: list[Row]) -> dict[Arm, list[Row]]:
+    """The rows of each arm, of one data set and held-out source."""
     found: dict[Arm, list[Row]] = defaultdict(list)
     for row in rows:
         found[arm(row)].append(row)
@@ -115,13 +121,13 @@ def paired(rows: list[Row], reference: list[Row]) -> tuple[float, float, float] 
 
 
 def summarise(rows: list[Row]) -> list[list[str]]:
-    """One line of text cells per arm of one data set, by held-out source, tier and worst-group accuracy."""
+    """One line of text cells per arm of one data set and held-out source, by tier and worst-group accuracy."""
     found = arms(rows)
     lines = []
-    order = sorted(found, key=lambda a: (a[2] != "val", a[1], mean(r["worst_group_acc"] for r in found[a])))
+    order = sorted(found, key=lambda a: (a[1], mean(r["worst_group_acc"] for r in found[a])))
     for name in order:
         these = found[name]
-        compared = None if name[0] == "erm" else paired(these, found.get(("erm", "T0", name[2]), []))
+        compared = None if name[0] == "erm" else paired(these, found.get(("erm", "T0"), []))
         if compared is None:
             difference, p = "", ""
         else:
@@ -150,8 +156,8 @@ def next_step(rows: list[Row]) -> str:
     """One line: what to do next."""
     if not rows:
         return "Next: no rows yet; run python -m benchmarks compare."
-    data = rows[-1]["data"]
-    found = arms([row for row in rows if row["data"] == data])
+    data, held_out = _panel(rows[-1])
+    found = arms([row for row in rows if _panel(row) == (data, held_out)])
     if all(len(these) < 5 for these in found.values()):
         return "Next: five seeds or more for a comparison that holds: --seeds 5 --resume."
     if data == "digits" and not any(row["data"] != "digits" for row in rows):
@@ -161,12 +167,12 @@ def next_step(rows: list[Row]) -> str:
     ours = {a: these for a, these in found.items() if a[0] == "demem"}
     if ours:
         best = max(ours, key=lambda a: mean(r["worst_group_acc"] for r in ours[a]))
-        return f"Next: use the best demem arm ({best[1]}, held out: {best[2]}) in your Trainer: see configs/method/."
+        return f"Next: use the best demem arm ({best[1]}, held out: {held_out}) in your Trainer: see configs/method/."
     return "Next: add the remover to the comparison: --methods erm,demem --resume."
 
 
-def draw_figures(out: Path, rows: list[Row]) -> list[Path]:
-    """Every figure whose rows are there, as PNG files in ``out``."""
+def draw_figures(out: Path, rows: list[Row], folder: Path | None = None) -> list[Path]:
+    """Every figure whose rows are there, as PNG files in ``out``; those of single runs are read from ``folder``."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -174,11 +180,15 @@ def draw_figures(out: Path, rows: list[Row]) -> list[Path]:
         _worst_group(out, rows),
         _worst_against_average(out, rows),
         _gap(out, rows),
-        _diversity(out, read_jsonl(out / "diversity.jsonl")),
-        _units(out, read_jsonl(out / "units.jsonl")),
-        _rounds(out, read_jsonl(out / "rounds.jsonl")),
+        _diversity(out, _read_extra(folder or out, "diversity")),
+        _units(out, _read_extra(folder or out, "units")),
+        _rounds(out, _read_extra(folder or out, "rounds")),
     ]
     return [figure for figure in figures if figure is not None]
+
+
+def _read_extra(folder: Path, kind: str) -> list[Row]:
+    return read_jsonl(folder / f"{kind}.jsonl") or read_jsonl(folder / f"{kind}.jsonl.gz")
 
 
 def spread(values: list[float]) -> str:
@@ -194,10 +204,10 @@ def _interval(values: list[float]) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
-def _panels(count: int, width: float = 5.0, height: float = 3.6) -> tuple[Any, list[Any]]:
+def _panels(count: int, width: float = 5.0, height: float = 3.6, columns: int | None = None) -> tuple[Any, list[Any]]:
     import matplotlib.pyplot as plt
 
-    columns = min(count, 4)
+    columns = columns or min(count, 4)
     rows = -(-count // columns)
     size = (width * columns, height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
@@ -214,73 +224,93 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _name(name: Arm, sources: set[str]) -> str:
-    return f"{name[0]} {name[1]}" + (f" ({name[2]})" if len(sources) > 1 else "")
+def _name(name: Arm) -> str:
+    return f"{name[0]} {name[1]}"
 
 
-def _by_data(rows: list[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        found[row["data"]].append(row)
+def _panel(row: Row) -> Panel:
+    return row["data"], row["held_out"]
+
+
+def _title(data: str, held_out: str) -> str:
+    return f"{data}, held out: {held_out}"
+
+
+def _panels_of(rows: list[Row]) -> dict[Panel, list[Row]]:
+    """The rows by data set, as they come, and held-out source, from the least to the most held-out data."""
+    data = list(dict.fromkeys(row["data"] for row in rows))
+    found: dict[Panel, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (data.index(row["data"]), HELD_OUT.index(row["held_out"]))):
+        found[_panel(row)].append(row)
     return dict(found)
 
 
+def _grid(panels: dict[Panel, list[Row]], **size: float) -> tuple[Any, list[tuple[Any, Panel, list[Row]]]]:
+    """A figure and (axis, panel, its rows): with several held-out sources a column for each, and a row for each data
+    set."""
+    data, sources = list(dict.fromkeys(d for d, _ in panels)), [s for s in HELD_OUT if s in {s for _, s in panels}]
+    several = len(sources) > 1
+    shown = [(d, s) for d in data for s in sources] if several else list(panels)
+    figure, axes = _panels(len(shown), columns=len(sources) if several else None, **size)
+    for axis, panel in zip(axes, shown, strict=True):
+        if panel not in panels:
+            axis.remove()
+    return figure, [(axis, p, panels[p]) for axis, p in zip(axes, shown, strict=True) if p in panels]
+
+
 def _worst_group(out: Path, rows: list[Row]) -> Path | None:
-    data = _by_data(rows)
-    if not data:
+    panels = _panels_of(rows)
+    if not panels:
         return None
-    tallest = max(len(arms(these)) for these in data.values())
-    figure, axes = _panels(len(data), height=1.2 + 0.32 * tallest)
-    for axis, (name, these) in zip(axes, data.items(), strict=True):
+    tallest = max(len(arms(these)) for these in panels.values())
+    figure, cells = _grid(panels, width=6.5, height=1.2 + 0.32 * tallest)
+    for axis, panel, these in cells:
         found = arms(these)
-        sources = {a[2] for a in found}
         order = sorted(found, key=lambda a: mean(r["worst_group_acc"] for r in found[a]))
         values = [[100 * r["worst_group_acc"] for r in found[a]] for a in order]
         colors = ["C1" if a[0] == "demem" else "C7" if a[0] == "erm" else "C0" for a in order]
         axis.barh(range(len(order)), [mean(v) for v in values], xerr=[_interval(v) for v in values], color=colors)
         for y, value in enumerate(values):
             axis.plot(value, [y] * len(value), "k.", markersize=3)
-        axis.set_yticks(range(len(order)), [_name(a, sources) for a in order])
-        axis.set(title=name, xlabel="worst-group accuracy, % (95% interval, seeds)", xlim=(0, 100))
+        axis.set_yticks(range(len(order)), [_name(a) for a in order])
+        axis.set(title=_title(*panel), xlabel="worst-group accuracy, % (95% interval)", xlim=(0, 100))
     return _save(figure, out / "worst_group.png")
 
 
 def _worst_against_average(out: Path, rows: list[Row]) -> Path | None:
-    data = _by_data(rows)
-    if not data:
+    panels = _panels_of(rows)
+    if not panels:
         return None
-    figure, axes = _panels(len(data))
-    for axis, (name, these) in zip(axes, data.items(), strict=True):
+    figure, cells = _grid(panels)
+    for axis, panel, these in cells:
         found = arms(these)
-        sources = {a[2] for a in found}
         for a, group in found.items():
             x = [100 * r["adjusted_avg_acc"] for r in group]
             y = [100 * r["worst_group_acc"] for r in group]
             style = {"marker": "*", "markersize": 11} if a[0] == "demem" else {"marker": "o"}
-            axis.errorbar(mean(x), mean(y), _interval(y), _interval(x), capsize=2, label=_name(a, sources), **style)
-        axis.set(title=name, xlabel="adjusted average accuracy, %", ylabel="worst-group accuracy, %")
+            axis.errorbar(mean(x), mean(y), _interval(y), _interval(x), capsize=2, label=_name(a), **style)
+        axis.set(title=_title(*panel), xlabel="adjusted average accuracy, %", ylabel="worst-group accuracy, %")
         axis.legend(fontsize=6)
     return _save(figure, out / "worst_against_average.png")
 
 
 def _gap(out: Path, rows: list[Row]) -> Path | None:
     """Memorization gap: training minus test accuracy of the group that is worst on the test set of ERM."""
-    data = {name: these for name, these in _by_data(rows).items() if any(r["method"] == "erm" for r in these)}
-    if not data:
+    panels = {panel: these for panel, these in _panels_of(rows).items() if any(r["method"] == "erm" for r in these)}
+    if not panels:
         return None
-    tallest = max(len(arms(these)) for these in data.values())
-    figure, axes = _panels(len(data), height=1.2 + 0.32 * tallest)
-    for axis, (name, these) in zip(axes, data.items(), strict=True):
+    tallest = max(len(arms(these)) for these in panels.values())
+    figure, cells = _grid(panels, width=6.5, height=1.2 + 0.32 * tallest)
+    for axis, panel, these in cells:
         found = arms(these)
-        sources = {a[2] for a in found}
         erm = next(group for a, group in found.items() if a[0] == "erm")
         groups = range(len(erm[0]["group_acc"]))
         worst = min(groups, key=lambda g: mean(r["group_acc"][g] if r["group_acc"][g] is not None else 1 for r in erm))
         gaps = {a: _group_gap(group, worst) for a, group in found.items()}
         order = sorted(gaps, key=lambda a: -gaps[a])
         axis.barh(range(len(order)), [gaps[a] for a in order], color=["C1" if a[0] == "demem" else "C0" for a in order])
-        axis.set_yticks(range(len(order)), [_name(a, sources) for a in order])
-        axis.set(title=f"{name}, group {worst}", xlabel="training − test accuracy, points")
+        axis.set_yticks(range(len(order)), [_name(a) for a in order])
+        axis.set(title=f"{_title(*panel)}, group {worst}", xlabel="training − test accuracy, points")
     return _save(figure, out / "memorization_gap.png")
 
 
@@ -293,17 +323,17 @@ def _diversity(out: Path, rows: list[Row]) -> Path | None:
     rows = [row for row in rows if row["seed"] == min(r["seed"] for r in rows)]
     if not rows:
         return None
-    data = _by_data(rows)
-    figure, axes = _panels(2 * len(data), width=4.0)
-    for i, (name, these) in enumerate(data.items()):
+    panels = _panels_of(rows)
+    figure, axes = _panels(2 * len(panels), width=4.0)
+    for i, (panel, these) in enumerate(panels.items()):
         for axis, key, label in (
             (axes[2 * i], "entropy", "mean entropy, nats"),
             (axes[2 * i + 1], "mutual_information", "mean mutual information, nats"),
         ):
             for a in dict.fromkeys(arm(row) for row in these):
                 points = sorted((r["epoch"], r[key]) for r in these if arm(r) == a and r.get(key) is not None)
-                axis.plot(*zip(*points, strict=True), label=f"{a[0]} {a[1]}") if points else None
-            axis.set(title=name, xlabel="epoch", ylabel=label)
+                axis.plot(*zip(*points, strict=True), label=_name(a)) if points else None
+            axis.set(title=_title(*panel), xlabel="epoch", ylabel=label)
             if axis.has_data():
                 axis.legend(fontsize=6)
     return _save(figure, out / "diversity.png")

@@ -1,11 +1,17 @@
-"""Results on disk: one JSON object a line, appended as soon as it is measured."""
+"""Results on disk: one JSON object per line, appended as soon as it is measured."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
+
+HELD_OUT = ("none", "iid", "val")
+"""Held-out sources, from the least to the most that a method may train on beside the training set: nothing, a random
+slice of it that is then not trained on, the benchmark's validation set."""
 
 
 def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
@@ -30,12 +36,25 @@ def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All complete rows; a missing file has none, and lines cut off half-way are left out."""
+    """All complete rows; a missing file has none, and lines cut off half-way are left out.
+
+    Args:
+        path: may be compressed by ``gzip``; its name then ends in ``.gz``.
+
+    Raises:
+        ValueError: a name ends in ``.gz`` and the file is not complete.
+    """
     path = Path(path)
     if not path.exists():
         return []
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path} is no complete gzip file: {error}.") from error
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in content.decode("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

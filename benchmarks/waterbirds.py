@@ -1,76 +1,30 @@
-"""Waterbirds on two cores: MobileNetV2 whose first layers are frozen, their outputs kept on disk.
+"""Waterbirds on two cores: a pretrained network whose first layers are frozen, their outputs kept on disk.
 
-conv_stem … blocks.4 of a pretrained MobileNetV2 (160 px crops) give 96×10×10 numbers an image; they are computed
-once, for the plain view of every image and three augmented views of each training image.  Training then covers
-blocks.5, blocks.6, conv_head and the classifier, with batch-norm statistics frozen: seconds an epoch instead of
-minutes.
+The frozen layers (:mod:`benchmarks.backbones`) give 96×10×10 numbers per 160 px crop with MobileNetV2 and 112×10×10
+with EfficientNet-Lite0.  They are computed once, for the plain view of every image and three augmented views of each
+training image.  Training then covers the tail, with batch-norm statistics frozen: seconds per epoch instead of minutes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable
+from functools import cache as once
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
-from torch import Tensor, nn
 
-from demem.data import GroupedDataModule, GroupedTensors
-from demem.data.wilds import image_transform, load_wilds, make_grouper
+from benchmarks.backbones import Tail, image_arrays, make_backbone, open_image, weights_file, weights_source
+from benchmarks.cache import Create, Make, Progress, file_hash, find_or_make, read
+from demem.data import GroupedDataModule, GroupedTensors, load_wilds, make_grouper
+from demem.module import Classifier
 
-RESIZE, CROP, AUGMENTED_VIEWS, CHANNELS, SIDE = 180, 160, 3, 96, 10
-Progress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from benchmarks.experiment import Settings
 
-
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/demem``, or ``~/.cache/demem``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "demem"
-
-
-def pretrained(weights: str | Path) -> nn.Module:
-    """timm's MobileNetV2 with the weights of a local safetensors file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    import timm
-
-    if not Path(weights).is_file():
-        raise FileNotFoundError(
-            f"There are no weights at {weights}. Pass --weights with a MobileNetV2 safetensors file."
-        )
-    model: nn.Module = timm.create_model(
-        "mobilenetv2_100",
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(weights)},
-        pad_type="same",
-        num_classes=2,
-    )
-    return model
-
-
-class Tail(nn.Module):
-    """The trained part: ``blocks`` (5 and 6), ``conv_head``, ``bn2``, pooling and a new ``classifier``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.blocks: nn.Module = model.blocks[5:]
-        self.conv_head: nn.Module = model.conv_head
-        self.bn2: nn.Module = model.bn2
-        self.global_pool: nn.Module = model.global_pool
-        # timm's initialisation of its own classifier starts at a loss of 4.6 and diverges at lr 3e-3.
-        self.classifier = nn.Linear(1280, 2)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(x.contiguous(memory_format=torch.channels_last))
-        logits: Tensor = self.classifier(self.global_pool(self.bn2(self.conv_head(x))))
-        return logits
+RESIZE, CROP, AUGMENTED_VIEWS = 180, 160, 3
+SPLITS = {"train": AUGMENTED_VIEWS, "val": 0, "test": 0}  # augmented views
 
 
 class WaterbirdsFeatures(GroupedDataModule):
@@ -86,35 +40,49 @@ class WaterbirdsFeatures(GroupedDataModule):
         self.folder = Path(folder)
 
     def build(self) -> tuple[Any, Any, Any, Any]:
-        def split(name: str, views: list[str]) -> GroupedTensors:
-            labels = np.load(self.folder / f"{name}_labels.npy")
-            # Copy-on-write: pages are read from disk as they are needed and shared between processes.
-            arrays = [torch.from_numpy(np.load(self.folder / f"{v}.npy", mmap_mode="c")) for v in views]
-            return GroupedTensors(arrays, torch.from_numpy(labels[0]), torch.from_numpy(labels[1]))
+        def split(name: str, views: int) -> GroupedTensors:
+            labels = read(self.folder, f"{name}_labels")
+            arrays = [f"{name}_plain", *(f"{name}_augmented{v}" for v in range(views))]
+            return GroupedTensors([read(self.folder, array) for array in arrays], labels[0], labels[1])
 
-        augmented = [f"train_augmented{v}" for v in range(AUGMENTED_VIEWS)]
-        return (
-            split("train", ["train_plain", *augmented]),
-            split("val", ["val_plain"]),
-            split("test", ["test_plain"]),
-            split("train", ["train_plain"]),
-        )
+        return split("train", AUGMENTED_VIEWS), split("val", 0), split("test", 0), split("train", 0)
+
+
+def make_data(backbone: str, settings: Settings, **options: Any) -> WaterbirdsFeatures:
+    """The data of the comparison; ``options`` are those of :class:`WaterbirdsFeatures`."""
+    weights = weights_file(backbone, settings)
+    folder = cache_features(settings.root("waterbirds"), weights, settings.cache, settings.on_caching, backbone)
+    return WaterbirdsFeatures(folder, **options)
+
+
+def make_module(backbone: str, settings: Settings, **options: Any) -> Classifier:
+    """The network of the comparison; ``options`` are those of ``Classifier``."""
+    network = Tail(make_backbone(backbone, weights_file(backbone, settings)))
+    return Classifier(network, freeze_batchnorm=True, **{"lr": 3e-3, **options})
+
+
+def sources(backbone: str, settings: Settings) -> list[str]:
+    """Where data and weights come from, and their licences."""
+    folder = settings.root("waterbirds") / "waterbirds_v1.0"
+    data = f"data: {folder} (CUB-200-2011 and Places; non-commercial research and education)"
+    return [data, weights_source(backbone, weights_file(backbone, settings))]
 
 
 def cache_features(
-    root: str | Path, weights: str | Path, cache: str | Path | None = None, progress: Progress | None = None
+    root: str | Path,
+    weights: Path,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    backbone: str = "mobilenetv2",
 ) -> Path:
-    """Compute the outputs of the frozen layers, or find them on disk.
-
-    The folder's name is a hash of the metadata file, the weights, the sizes and the views.  Each file is written under
-    another name and renamed when it is complete, and a list of what was made closes the folder: a run that is cut off
-    goes on with the next file, and its folder is not taken for a finished one.
+    """Compute the outputs of the frozen layers, or find them on disk (:func:`benchmarks.cache.find_or_make`).
 
     Args:
         root: holds ``waterbirds_v1.0``.
-        weights: MobileNetV2 safetensors file.
-        cache: parent folder (0.7 GB); default :func:`default_cache`.
-        progress: called with (file, images done, images in all).
+        weights: the backbone's file (:func:`benchmarks.backbones.weights_file`).
+        cache: parent folder (0.7 GB); default :func:`benchmarks.cache.default_cache`.
+        progress: see :data:`benchmarks.cache.Progress`.
+        backbone: ``"mobilenetv2"`` or ``"efficientnet_lite0"``.
 
     Returns:
         The folder.
@@ -127,69 +95,34 @@ def cache_features(
         raise FileNotFoundError(
             f"There is no Waterbirds at {metadata.parent}: pass --data-root with the folder above it."
         )
-    model = pretrained(weights).eval()
+    dataset = once(lambda: load_wilds("waterbirds", root))
+    model = once(lambda: make_backbone(backbone, weights))
+
+    def positions(split: str) -> np.ndarray:
+        return np.flatnonzero(dataset().split_array == dataset().split_dict[split])
+
+    def image(position: int) -> Any:
+        return open_image(metadata.parent / str(dataset()._input_array[position]))
+
+    def labels(split: str) -> Make:
+        def fill(create: Create) -> None:
+            here = positions(split)
+            group = make_grouper(dataset()).metadata_to_group(dataset().metadata_array[here])
+            rows = np.stack([torch.as_tensor(dataset().y_array)[here].numpy(), group.numpy()])
+            create(rows.shape, np.int64)[:] = rows
+
+        return fill
+
+    arrays: dict[str, Make] = {}
+    for split, views in SPLITS.items():
+        arrays[f"{split}_labels"] = labels(split)
+        arrays |= image_arrays(split, model, image, partial(positions, split), views, RESIZE, CROP, progress)
     made_from = {
-        "metadata": hashlib.sha256(metadata.read_bytes()).hexdigest(),
-        "weights": hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
+        "metadata": file_hash(metadata),
+        "backbone": backbone,
+        "weights": file_hash(weights),
         "sizes": [RESIZE, CROP],
         "views": AUGMENTED_VIEWS,
-        "version": 1,
+        "version": 2,
     }
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache or default_cache()) / f"waterbirds-{key}"
-    if (folder / "complete.json").is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-
-    dataset = load_wilds("waterbirds", root)
-    grouper = make_grouper(dataset)
-    half = (0.5, 0.5, 0.5)
-    plain = image_transform(RESIZE, CROP, half, half)
-    augmented = image_transform(RESIZE, CROP, half, half, augment=True)
-    for split in ("train", "val", "test"):
-        positions = np.flatnonzero(dataset.split_array == dataset.split_dict[split])
-        group = grouper.metadata_to_group(dataset.metadata_array[positions])
-        labels = np.stack([torch.as_tensor(dataset.y_array)[positions].numpy(), group.numpy()]).astype(np.int64)
-        _write(folder / f"{split}_labels.npy", labels)
-        views = [("plain", plain)] + [(f"augmented{v}", augmented) for v in range(AUGMENTED_VIEWS) if split == "train"]
-        for seed, (view, transform) in enumerate(views):
-            _cache_view(folder / f"{split}_{view}.npy", model, dataset, positions, transform, seed, progress)
-    _write(folder / "complete.json", made_from)
-    return folder
-
-
-def _cache_view(
-    path: Path, model: nn.Module, dataset: Any, positions: Any, transform: Any, seed: int, progress: Progress | None
-) -> None:
-    if path.is_file():
-        return
-    partial = path.with_name(path.name + f".{os.getpid()}.partial")
-    rows = open_memmap(partial, mode="w+", dtype=np.float16, shape=(len(positions), CHANNELS, SIDE, SIDE))
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(seed)
-        for start in range(0, len(positions), 64):
-            chosen = positions[start : start + 64]
-            try:
-                x = torch.stack([transform(dataset.get_input(int(i))) for i in chosen])
-            except OSError as error:
-                partial.unlink()
-                raise FileNotFoundError(f"A Waterbirds image is missing or damaged: {error}") from error
-            x = model.bn1(model.conv_stem(x.contiguous(memory_format=torch.channels_last)))
-            for block in model.blocks[:5]:
-                x = block(x)
-            rows[start : start + len(chosen)] = x.numpy().astype(np.float16)
-            if progress is not None:
-                progress(path.stem, start + len(chosen), len(positions))
-    rows.flush()
-    del rows
-    os.replace(partial, path)
-
-
-def _write(path: Path, content: Any) -> None:
-    partial = path.with_name(path.name + f".{os.getpid()}.partial")
-    if isinstance(content, np.ndarray):
-        with partial.open("wb") as file:
-            np.save(file, content)
-    else:
-        partial.write_text(json.dumps(content))
-    os.replace(partial, path)
+    return find_or_make(cache, f"waterbirds-{backbone}", made_from, arrays)

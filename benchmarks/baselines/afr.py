@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.experiment import Experiment, Features, Method, Outcome
-from benchmarks.heads import worst_accuracy
+from benchmarks.experiment import Experiment, Features, Method, Outcome, Run
+from demem.data import GroupedDataModule
 from demem.linear import balanced_weights
+from demem.metrics import worst_group_accuracy
 
 GAMMA = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0)
 PULL = (0.0, 0.1, 0.3)
@@ -26,7 +27,7 @@ def afr(experiment: Experiment) -> Outcome:
     features = run.features
     held = experiment.data(held_out="val")
     validation = Features(
-        {"val": _validation_features(run, held)},
+        {"val": _features(run, held, "val")},
         {"val": held.val_dataset.y},
         {"val": held.val_dataset.group},
         features.weight,
@@ -41,7 +42,7 @@ def afr(experiment: Experiment) -> Outcome:
     outcome = features.outcome(best[1], best[2])
     # The row is judged on the whole training set like every other arm's.
     whole = experiment.data()
-    z = _validation_features(run, whole, "train")
+    z = _features(run, whole, "train")
     outcome.logits["train"] = z @ best[1][0].T + best[1][1]
     return outcome
 
@@ -62,7 +63,7 @@ def _descend(
         if step % LOOK_EVERY == 0:
             with torch.no_grad():
                 predicted = (validation.z["val"] @ weight.T + bias).argmax(1)
-            score = worst_accuracy(predicted, validation.y["val"], validation.group["val"])
+            score = float(worst_group_accuracy(predicted, validation.y["val"], validation.group["val"]))
             if score > best[0]:
                 best = (score, (weight.detach().clone(), bias.detach().clone()), step)
         distance = (weight - features.weight).square().sum() + (bias - features.bias).square().sum()
@@ -74,11 +75,9 @@ def _descend(
     return best
 
 
-def _validation_features(run, data, split: str = "val") -> Tensor:  # type: ignore[no-untyped-def]
+def _features(run: Run, data: GroupedDataModule, split: str) -> Tensor:
     """Features of another data module's split under this run's network."""
-    from benchmarks.experiment import Run
-
-    return Run(run.module, data, 0.0)._read(split)[0]
+    return Run(run.module, data, 0.0).read(split)[0]
 
 
 METHODS = [

@@ -6,6 +6,7 @@ T0 sees no group label; T2 may use those of the held-out examples (``use_groups=
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Features, Method, Outcome, Run
-from benchmarks.heads import fit_head, worst_accuracy
+from benchmarks.heads import fit_head
 from demem.callbacks import MemorizationRemover
-from demem.callbacks.remover import TRACED
+from demem.groups import Groups
 from demem.linear import LinearHead, balanced_weights, few_of_each_group
-from demem.removal import Examples, remove_in_rounds
+from demem.metrics import worst_group_accuracy
+from demem.removal import TRACED, Examples, remove_in_rounds
 from demem.tracing import atypical_by_margin, linear_impact, margins
 
 
@@ -35,13 +37,16 @@ class _BeforeRemoval(pl.Callback):
 def _run(experiment: Experiment, use_groups: bool) -> Outcome:
     remover, before = MemorizationRemover(use_groups=use_groups, seed=experiment.seed), _BeforeRemoval()
     run = experiment.fit(callbacks=[before, remover, *experiment.watch()])
-    chosen = next(r for r in remover.rounds if r["chosen"])
+    chosen, groups = next(r for r in remover.rounds if r.chosen), remover.groups
+    if groups is None:
+        raise RuntimeError("The remover has not seen the start of training.")
+    probe = {name: getattr(groups, name) for name in ("epoch", "site", "error", "sure", "shortcut")}
     config = {
         "use_groups": use_groups,
-        "masked_share": chosen["share"],
-        "refit": chosen["refit"],
+        "masked_share": chosen.share,
+        "refit": chosen.refit,
         "fine_tuned_on": remover.fine_tuned_on,
-        "probe": remover.probe,
+        "probe": {**probe, "groups": groups.sizes},
     }
     outcome = Outcome(run.logits, config, run.extras())
     if experiment.watched:
@@ -49,31 +54,28 @@ def _run(experiment: Experiment, use_groups: bool) -> Outcome:
         run.module.load_state_dict(before.state)
         trained = Run(run.module, run.data, 0).features
         outcome.extras["units"] = unit_map(trained, after)
-        outcome.extras["rounds"] = rounds_on_test(trained, remover)
+        outcome.extras["rounds"] = rounds_on_test(trained, remover, groups)
     return outcome
 
 
-def rounds_on_test(trained: Features, remover: MemorizationRemover) -> list[dict[str, Any]]:
+def rounds_on_test(trained: Features, remover: MemorizationRemover, groups: Groups) -> list[dict[str, Any]]:
     """What the remover noted of its rounds, and the test accuracy on the worst true group had it kept each of them and
     not fine-tuned.
 
     For the figure only: test data decides nothing.
     """
-    noted = remover.state_dict()
-    few = few_of_each_group(noted["train_groups"], TRACED, torch.Generator().manual_seed(remover.seed)).sort().values
+    few = few_of_each_group(groups.index, TRACED, torch.Generator().manual_seed(remover.seed)).sort().values
     rounds = remove_in_rounds(
-        Examples(trained.z["train"][few], trained.y["train"][few], noted["train_groups"][few]),
-        Examples(trained.z["val"], trained.y["val"], noted["held_out_groups"]),
+        Examples(trained.z["train"][few], trained.y["train"][few], groups.index[few]),
+        Examples(trained.z["val"], trained.y["val"], groups.held_out),
         LinearHead(trained.weight, trained.bias),
         num_classes=len(trained.weight),
         shares=remover.shares,
-        typical=noted["typical"],
-        atypical_share=remover.atypical_share,
-        l2=remover.l2,
+        typical=groups.typical,
     )
     z, y, group = trained.z["test"], trained.y["test"], trained.group["test"]
     return [
-        {**record, "test_worst": worst_accuracy(r.head(z).argmax(1), y, group)}
+        {**asdict(record), "test_worst": float(worst_group_accuracy(r.head(z).argmax(1), y, group))}
         for record, r in zip(remover.rounds, rounds, strict=True)
     ]
 

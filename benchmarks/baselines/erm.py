@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.experiment import Experiment, Method, Outcome
+from benchmarks.experiment import HELD_OUT, Experiment, Method, Outcome
 
 
 def erm(experiment: Experiment) -> Outcome:
@@ -16,6 +16,6 @@ def class_balanced(experiment: Experiment) -> Outcome:
 
 
 METHODS = [
-    Method("erm", "T0", "last epoch", erm, uses_erm=True),
-    Method("class_balanced", "T0", "last epoch", class_balanced),
+    Method("erm", "T0", "last epoch", erm, HELD_OUT, uses_erm=True),
+    Method("class_balanced", "T0", "last epoch", class_balanced, HELD_OUT),
 ]

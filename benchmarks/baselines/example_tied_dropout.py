@@ -14,24 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experiment import Experiment, Method, Outcome, Run
-from benchmarks.heads import worst_accuracy
-from demem.data import GroupedDataset
+from benchmarks.baselines.indexed import Indexed
+from benchmarks.experiment import HELD_OUT, Experiment, Method, Outcome, Run
+from demem.metrics import worst_group_accuracy
 from demem.module import Classifier
 from demem.sites import find_head
 
 GENERAL = (0.2, 0.5)
 OWN = (0.1, 0.3)
-
-
-class Indexed(GroupedDataset):
-    """Adds each example's index to what a grouped data set yields."""
-
-    def __init__(self, dataset: GroupedDataset) -> None:
-        super().__init__(dataset, dataset.y, dataset.group)
-
-    def __getitem__(self, index: int) -> Any:
-        return {"x": self.inputs[index][0], "y": self.y[index], "group": self.group[index], "index": index}
 
 
 class ExampleTiedDropout:
@@ -79,7 +69,7 @@ def example_tied_dropout(experiment: Experiment) -> Outcome:
             ExampleTiedDropout(module, len(data.train_dataset), general, own, experiment.seed)
             run = experiment.fit(module, data)
             y = data.val_dataset.y  # type: ignore[union-attr]
-            runs[general, own] = (run, worst_accuracy(run.logits["val"].argmax(1), y, y))
+            runs[general, own] = (run, float(worst_group_accuracy(run.logits["val"].argmax(1), y, y)))
         return runs[general, own]
 
     def choose() -> dict[str, Any]:
@@ -98,6 +88,7 @@ METHODS = [
         "T0",
         "shares by worst class on validation, last epoch",
         example_tied_dropout,
+        HELD_OUT,
         grid=f"general {GENERAL}, own {OWN}",
     )
 ]

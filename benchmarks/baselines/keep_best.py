@@ -1,14 +1,15 @@
-"""Choose the epoch on validation data, as the papers' own rules do."""
+"""Choose epoch and hyper-parameters on validation data, as the papers' own rules do."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Run
-from demem.callbacks.worst_group import WorstGroupMonitor
+from demem.callbacks import WorstGroupMonitor
 
 
 class KeepBest(pl.Callback):
@@ -32,3 +33,26 @@ def fit_best(experiment: Experiment, monitor: str, **options: Any) -> tuple[Run,
     run = experiment.fit(callbacks=[WorstGroupMonitor(per_group=False), keep], **options)
     run.module.load_state_dict(keep.weights)
     return run, keep
+
+
+def fit_tuned(
+    experiment: Experiment,
+    arm: str,
+    grid: Sequence[dict[str, Any]],
+    fit: Callable[[dict[str, Any]], tuple[Run, KeepBest]],
+) -> tuple[Run, KeepBest, dict[str, Any]]:
+    """On the first seed the point of ``grid`` whose best epoch scores highest, the first of equals; on later seeds the
+    same point, trained alone."""
+    fitted: list[tuple[Run, KeepBest, dict[str, Any]]] = []
+
+    def choose() -> dict[str, Any]:
+        for point in grid:
+            run, best = fit(point)
+            if not fitted or best.best > fitted[0][1].best:
+                fitted[:] = [(run, best, point)]  # one network at a time is kept
+        return fitted[0][2]
+
+    tuned = experiment.choose(arm, choose)
+    if fitted:
+        return fitted[0]
+    return (*fit(tuned), tuned)

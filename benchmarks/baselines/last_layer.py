@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Features, Method, Outcome
-from benchmarks.heads import fit_head, halves, worst_accuracy
+from benchmarks.heads import fit_head, halves
 from demem.linear import balanced_weights
+from demem.metrics import worst_group_accuracy
 
 L2 = (0.03, 0.1, 0.3, 1.0, 3.0)
 C = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
@@ -41,7 +42,7 @@ def _weighted(experiment: Experiment, features: Features, key: Tensor) -> Outcom
 
     def score(l2: float) -> float:
         weight, bias = fit_head(z[first], y[first], balanced_weights(key[first]), l2, classes)
-        return worst_accuracy((z[second] @ weight.T + bias).argmax(1), y[second], key[second])
+        return float(worst_group_accuracy((z[second] @ weight.T + bias).argmax(1), y[second], key[second]))
 
     l2 = max(L2, key=score)
     return features.outcome(
@@ -54,23 +55,23 @@ def dfr(experiment: Experiment) -> Outcome:
     z, y, group = (part["val"] for part in (features.z, features.y, features.group))
     rng = np.random.default_rng(experiment.seed)
     first, second = halves(group, experiment.seed)
-    subset = first[_balanced_subset(group[first], rng)]
+    subset = first[_as_many_of_each(group[first], rng)]
 
     def score(c: float) -> float:
         weight, bias = _l1_head(z[subset], y[subset], c)
-        return worst_accuracy((z[second] @ weight.T + bias).argmax(1), y[second], group[second])
+        return float(worst_group_accuracy((z[second] @ weight.T + bias).argmax(1), y[second], group[second]))
 
     c = max(C, key=score)
     heads = []
     for _ in range(SUBSETS):
-        chosen = _balanced_subset(group, rng)
+        chosen = _as_many_of_each(group, rng)
         heads.append(_l1_head(z[chosen], y[chosen], c))
     mean = tuple(torch.stack(parts).mean(0) for parts in zip(*heads, strict=True))
     config = {"penalty": "l1", "c": c, "subsets": SUBSETS, "head_on": experiment.held_out}
     return features.outcome((mean[0], mean[1]), config)
 
 
-def _balanced_subset(group: Tensor, rng: np.random.Generator) -> Tensor:
+def _as_many_of_each(group: Tensor, rng: np.random.Generator) -> Tensor:
     """Positions of as many random examples of each group as the smallest group has."""
     members: Sequence[np.ndarray] = [np.flatnonzero(group.numpy() == g) for g in group.unique().tolist()]
     smallest = min(len(m) for m in members)

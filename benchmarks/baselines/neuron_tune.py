@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Method, Outcome
-from benchmarks.heads import fit_head, halves, worst_accuracy
+from benchmarks.heads import fit_head, halves
 from demem.linear import balanced_weights
+from demem.metrics import worst_group_accuracy
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -45,7 +46,7 @@ def _neuron_tune(experiment: Experiment, tune_on: str) -> Outcome:
         kept = scores.argsort(descending=True, stable=True)[round(share * len(scores)) :]
         head = fit_head(tune_z[:, kept], tune_y, balanced_weights(tune_y), num_classes=len(features.weight))
         weight = torch.zeros_like(features.weight).index_copy(1, kept, head.weight)
-        worst = worst_accuracy((z[second] @ weight.T + head.bias).argmax(1), y[second], y[second])
+        worst = float(worst_group_accuracy((z[second] @ weight.T + head.bias).argmax(1), y[second], y[second]))
         if worst > best[0]:
             best = (worst, (weight, head.bias), share)
     return features.outcome(best[1], {"share": best[2], "tune_on": tune_on})

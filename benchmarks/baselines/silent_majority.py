@@ -1,5 +1,9 @@
 """The training framework of The Silent Majority (You et al. 2025), as in its released code.
 
+The paper is now *Uncovering memorization effect in the presence of spurious correlations*, Nature Communications
+16:5424 (2025).  It reports a worst group of about 81 on Waterbirds where ERM has 64.0, and about 55.6 on CelebA where
+ERM has 47.0.
+
 From the ERM network; each epoch a mask is made afresh: the 1% of all convolution and linear weights with the
 smallest magnitude, or (``gradient``) the 1% of all channels with the largest gradient norm on the 200 training
 examples of each class with the lowest probability of the right class.  Each batch, with dense outputs d and masked
@@ -7,6 +11,10 @@ outputs p: L = NTXent(sg(d), p) + NTXent(d, sg(p)) + 0.2·CE(d, y), temperature 
 released code feeds softmax outputs into the cross-entropy (``softmax``); the main form uses logits.  The released
 mask uses groups where it is by gradient; classes stand in for them here, which keeps it in T0.  The dense network
 is judged, at the epoch with the best worst-class accuracy on validation.
+
+The released training script masks the smallest weights one by one; its masks by gradient are off by default, and it
+uses no groups there.  Where no group is given, it sorts its "poorest examples" the wrong way round and takes the 200
+with the *lowest* loss; the arms by gradient here take those with the highest.
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks.baselines.keep_best import fit_best
-from benchmarks.experiment import Experiment, Method, Outcome
+from benchmarks.experiment import HELD_OUT, Experiment, Method, Outcome
 from demem.batch import apply_model, unpack_batch
 from demem.module import Classifier
 from demem.sites import find_head
@@ -137,6 +145,7 @@ METHODS = [
         "T0",
         "epoch by worst class on validation",
         partial(_run, gradient=gradient, softmax=softmax),
+        HELD_OUT,
         uses_erm=True,
         grid="as released",
     )

@@ -34,17 +34,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
     parser.add_argument("--epochs", type=int, default=8, help="of training for the monitor, every second one watched")
-    settings = parser.parse_args(argv)
-    torch.set_num_threads(settings.threads)
-    for name in settings.only:
-        for row in BENCHMARKS[name](settings):
-            row = {**row, "threads": settings.threads, "rounds": settings.rounds}
-            append_jsonl(settings.out / "speed.jsonl", row)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    for name in options.only:
+        for row in BENCHMARKS[name](options):
+            row = {**row, "threads": options.threads, "rounds": options.rounds}
+            append_jsonl(options.out / "speed.jsonl", row)
             print(json.dumps(row), flush=True)
     return 0
 
 
-def binned(settings: argparse.Namespace) -> list[dict[str, Any]]:
+def binned(options: argparse.Namespace) -> list[dict[str, Any]]:
     """768 units × 2,500 samples; scikit-learn's mutual_info_score looped over the pairs."""
     from sklearn.metrics import mutual_info_score
 
@@ -58,20 +58,20 @@ def binned(settings: argparse.Namespace) -> list[dict[str, Any]]:
             lambda i, j, codes=codes: mutual_info_score(codes[i], codes[j]),
             lambda i, j, found=found: float(found["m"][i, j]),
             sample_of_pairs(768, 200),
-            settings.rounds,
+            options.rounds,
         )
         all_pairs = 768 * 769 / 2
         counts = all_pairs * 2500
         torch.set_num_threads(1)
         each = best_of(lambda: torch.bincount(TABLE, minlength=1000)) / len(TABLE)
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(options.threads)
         rows.append(
             result(
                 f"binned MI, 768 units × 2,500 samples × {bins} bins",
                 ours,
                 "sklearn.metrics.mutual_info_score",
                 theirs.times(all_pairs),
-                counts * each / settings.threads,
+                counts * each / options.threads,
                 f"{counts:.2e} counts, one a sample and pair, at {each * 1e9:.2f} ns (torch.bincount, small table)",
                 errors,
             )
@@ -79,7 +79,7 @@ def binned(settings: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def ksg(settings: argparse.Namespace) -> list[dict[str, Any]]:
+def ksg(options: argparse.Namespace) -> list[dict[str, Any]]:
     """384 units × 2,500 samples; scikit-learn's continuous estimator looped over the pairs."""
     from sklearn.feature_selection._mutual_info import _compute_mi_cc
 
@@ -91,7 +91,7 @@ def ksg(settings: argparse.Namespace) -> list[dict[str, Any]]:
         lambda i, j: _compute_mi_cc(columns[i], columns[j], 3),
         lambda i, j: float(found["m"][i, j]),
         sample_of_pairs(384, 60),
-        settings.rounds,
+        options.rounds,
     )
     pairs = 384 * 385 / 2
     # Four searches of log2 S halving steps for the marginal counts (a look-up, a comparison, an addition each), and for
@@ -105,14 +105,14 @@ def ksg(settings: argparse.Namespace) -> list[dict[str, Any]]:
             ours,
             "sklearn.feature_selection._mutual_info._compute_mi_cc",
             theirs.times(pairs),
-            operations * each / settings.threads,
+            operations * each / options.threads,
             f"{operations:.2e} elementary operations at {each * 1e9:.2f} ns (numpy, in cache)",
             errors,
         )
     ]
 
 
-def entropies(settings: argparse.Namespace) -> list[dict[str, Any]]:
+def entropies(options: argparse.Namespace) -> list[dict[str, Any]]:
     """4,608 units × 10,000 samples; numpy.histogram looped over the units."""
     torch.manual_seed(0)
     x = torch.randn(10_000, 4608)
@@ -129,7 +129,7 @@ def entropies(settings: argparse.Namespace) -> list[dict[str, Any]]:
         reference,
         lambda i, _: float(found["h"][i]),
         [(i, i) for i in range(0, 4608, 46)],
-        settings.rounds,
+        options.rounds,
     )
     read = best_of(lambda: x.sum())
     return [
@@ -145,7 +145,7 @@ def entropies(settings: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def monitor(settings: argparse.Namespace) -> list[dict[str, Any]]:
+def monitor(options: argparse.Namespace) -> list[dict[str, Any]]:
     """ActivationDiversityMonitor at its defaults on every second epoch of one fit with the sizes of Waterbirds.
 
     Random numbers stand in for the 96×10×10 outputs of the frozen layers: the time is that of the real ones.  CPU time
@@ -156,8 +156,8 @@ def monitor(settings: argparse.Namespace) -> list[dict[str, Any]]:
     import timm
     from torch.utils.data import DataLoader, TensorDataset
 
-    from benchmarks.waterbirds import Tail
-    from demem.callbacks.diversity import ActivationDiversityMonitor
+    from benchmarks.backbones import Tail
+    from demem.callbacks import ActivationDiversityMonitor
     from demem.module import Classifier
 
     class Clock(pl.Callback):
@@ -190,7 +190,7 @@ def monitor(settings: argparse.Namespace) -> list[dict[str, Any]]:
     model = timm.create_model("mobilenetv2_100", pretrained=False, num_classes=2, pad_type="same")
     clock, watch = Clock(), ActivationDiversityMonitor(every_n_epochs=2)
     trainer = pl.Trainer(
-        max_epochs=settings.epochs + 2,  # the first two are left out
+        max_epochs=options.epochs + 2,  # the first two are left out
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -36,13 +36,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--reference-units", type=int, default=2, help="units of each site for the plain loop")
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
-    settings = parser.parse_args(argv)
-    torch.set_num_threads(settings.threads)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
     model, sites, batch = subject()
-    for name in settings.only:
-        for row in BENCHMARKS[name](settings, model, sites, batch):
-            row = {"what": name, **row, "threads": settings.threads, "rounds": settings.rounds}
-            append_jsonl(settings.out / "speed.jsonl", row)
+    for name in options.only:
+        for row in BENCHMARKS[name](options, model, sites, batch):
+            row = {"what": name, **row, "threads": options.threads, "rounds": options.rounds}
+            append_jsonl(options.out / "speed.jsonl", row)
             print(json.dumps(row), flush=True)
     return 0
 
@@ -63,20 +63,20 @@ def subject() -> tuple[nn.Module, list[Site], Batch]:
     return model, [s for s in find_sites(model, "**") if isinstance(s.module, nn.Conv2d)], Batch(x, y)
 
 
-def ablation(settings: argparse.Namespace, model: nn.Module, sites: list[Site], batch: Batch) -> list[dict[str, Any]]:
+def ablation(options: argparse.Namespace, model: nn.Module, sites: list[Site], batch: Batch) -> list[dict[str, Any]]:
     """All sites one after the other, in turns with the plain loop and with captum on the same layer."""
     generator = torch.Generator().manual_seed(0)
     total = sum(s.require_num_units() for s in sites)
     per_round: dict[str, list[float]] = {"ours": [], "loop": [], "captum": []}
     error = largest = 0.0
     rows = []
-    for round_ in range(settings.rounds):
+    for round_ in range(options.rounds):
         seconds = dict.fromkeys(per_round, 0.0)
         for site in sites:
             count = site.require_num_units()
             order = torch.randperm(count, generator=generator)
-            ours_on = order[: settings.units or count]
-            reference_on = order[: settings.reference_units]
+            ours_on = order[: options.units or count]
+            reference_on = order[: options.reference_units]
             found: dict[str, Any] = {}
             spent = {
                 "ours": _timed(
@@ -102,7 +102,7 @@ def ablation(settings: argparse.Namespace, model: nn.Module, sites: list[Site], 
                 **_ratio(per_round["ours"], per_round[name]),
                 "reference": "zero a channel, run the network" if name == "loop" else "captum LayerFeatureAblation",
                 "units": total,
-                "reference_units": settings.reference_units * len(sites),
+                "reference_units": options.reference_units * len(sites),
                 "max_abs_error": error,
                 "largest_effect": largest,
             }
@@ -141,7 +141,7 @@ def captum_ablation(model: nn.Module, site: Site, units: Tensor, batch: Batch) -
         LayerFeatureAblation(loss, site.module).attribute(batch.x, layer_mask=groups)
 
 
-def taylor(settings: argparse.Namespace, model: nn.Module, sites: list[Site], batch: Batch) -> list[dict[str, Any]]:
+def taylor(options: argparse.Namespace, model: nn.Module, sites: list[Site], batch: Batch) -> list[dict[str, Any]]:
     """Scores of all channels beside one forward and backward pass; their order beside that of exact ablation."""
 
     def step() -> None:
@@ -150,12 +150,12 @@ def taylor(settings: argparse.Namespace, model: nn.Module, sites: list[Site], ba
 
     step()
     ours, passes = [], []
-    for _ in range(max(5, settings.rounds)):
+    for _ in range(max(5, options.rounds)):
         ours.append(_timed(lambda: taylor_impact(model, sites, [batch])))
         passes.append(_timed(step))
     everyone = torch.ones(len(batch.y), dtype=torch.bool)
     estimate = impact_score(taylor_impact(model, sites, [batch]), batch.y, everyone)
-    units = {s.name: torch.randperm(s.require_num_units())[: settings.units or 10**9] for s in sites}
+    units = {s.name: torch.randperm(s.require_num_units())[: options.units or 10**9] for s in sites}
     exact = impact_score(ablation_impact(model, sites, [batch], units=units), batch.y, everyone)
     correlation = {n: spearman(estimate[n][units[n]], exact[n]) for n in exact}
     return [
@@ -169,7 +169,7 @@ def taylor(settings: argparse.Namespace, model: nn.Module, sites: list[Site], ba
     ]
 
 
-def two_step(settings: argparse.Namespace, model: nn.Module, sites: list[Site], batch: Batch) -> list[dict[str, Any]]:
+def two_step(options: argparse.Namespace, model: nn.Module, sites: list[Site], batch: Batch) -> list[dict[str, Any]]:
     """The default of the tracer, in passes over the traced examples."""
 
     def forward() -> None:
@@ -182,7 +182,7 @@ def two_step(settings: argparse.Namespace, model: nn.Module, sites: list[Site], 
 
     both()
     ours, forwards, passes = [], [], []
-    for _ in range(max(5, settings.rounds)):
+    for _ in range(max(5, options.rounds)):
         ours.append(_timed(lambda: two_step_score(model, sites, [batch])))
         forwards.append(_timed(forward))
         passes.append(_timed(both))
@@ -196,7 +196,7 @@ def two_step(settings: argparse.Namespace, model: nn.Module, sites: list[Site], 
     ]
 
 
-def critical(settings: argparse.Namespace, model: nn.Module, sites: list[Site], batch: Batch) -> list[dict[str, Any]]:
+def critical(options: argparse.Namespace, model: nn.Module, sites: list[Site], batch: Batch) -> list[dict[str, Any]]:
     """1,000 examples, at most 5 units each; the loop goes through a sample of them one by one."""
     torch.manual_seed(1)
     x = torch.cat([batch.x + 0.01 * torch.randn_like(batch.x) for _ in range(8)])[:1000]
@@ -207,7 +207,7 @@ def critical(settings: argparse.Namespace, model: nn.Module, sites: list[Site], 
     equal = 1.0
     whole = Batch(x, y)
     singles = [select_rows(whole, i[None]) for i in sample]
-    for _ in range(max(1, settings.rounds - 1)):
+    for _ in range(max(1, options.rounds - 1)):
         found: list[Tensor] = []
         ours.append(_timed(lambda f=found: f.extend(critical_units(model, sites, c, 5).removed for c in chunks)))
         single: list[Tensor] = []

@@ -1,9 +1,9 @@
-"""Read ``(inputs, labels, groups)`` out of whatever a data loader yields, and logits out of whatever a model returns.
+"""Read ``(inputs, labels, groups)`` from the batches of a data loader, and logits from the output of a model.
 
-Understood as they are: ``(x, y)``; ``(x, y, group)``; ``(x, y, metadata)`` as wilds yields it, given the dataset's
-grouper; a mapping with inputs (``x``, ``image``, ``pixel_values``, ``input_ids`` …), labels (``y``, ``label``,
-``labels``, ``target``) and groups (``group``, ``groups``, ``g``, ``metadata``).  Other keys of a mapping go in with the
-inputs if the module's ``forward`` has parameters of these names (``mask``).
+These forms are read without further help: ``(x, y)``; ``(x, y, group)``; ``(x, y, metadata)`` as wilds yields it, given
+the dataset's grouper; a mapping with inputs (``x``, ``image``, ``pixel_values``, ``input_ids`` …), labels (``y``,
+``label``, ``labels``, ``target``) and groups (``group``, ``groups``, ``g``, ``metadata``).  Other keys of a mapping are
+passed on with the inputs if the module's ``forward`` has parameters of these names (``mask``).
 
 **Any other batch:** define one method on your LightningModule::
 
@@ -28,10 +28,14 @@ _CONTRACT = (
     "forward(x) must take the inputs of a batch and return logits (B, C). If it takes the whole batch or several "
     "inputs, define `unpack_batch(self, batch)` on your LightningModule; a mapping x goes in as forward(**x)."
 )
+_OWN = (
+    "demem reads batches by a method of this name: let it take a batch and return (x, y), (x, y, group or None) or a "
+    "dict with these keys. If yours serves another purpose, give it another name."
+)
 
 
 class Batch(NamedTuple):
-    """Inputs (whatever the model takes), labels ``(B,)`` int64, groups ``(B,)`` int64 or ``None``."""
+    """Inputs of any form that the model takes, labels ``(B,)`` int64, groups ``(B,)`` int64 or ``None``."""
 
     x: Any
     y: Tensor
@@ -41,52 +45,73 @@ class Batch(NamedTuple):
 def unpack_batch(
     batch: Any, module: nn.Module | None = None, grouper: Callable[[Tensor], Tensor] | None = None
 ) -> Batch:
-    """Read a batch (forms: see the module docstring).
+    """Read inputs, labels and groups from a batch.
 
     Args:
-        batch: what a data loader yields.
-        module: asked first, if it has an ``unpack_batch`` method; its ``forward`` tells which keys are inputs.
-        grouper: turns a metadata matrix ``(B, M)`` into groups ``(B,)``, e.g. ``metadata_to_group`` of a wilds
-            ``CombinatorialGrouper``.  Without it a single integer column is taken for the groups; they are ``None``
-            where there are more columns.
+        batch: a tuple ``(x, y)``, ``(x, y, group)`` or ``(x, y, metadata)``, or a mapping (keys: see the module).
+        module: its ``unpack_batch`` method, if it has one, reads the batch; the parameters of its ``forward`` decide
+            which keys of a mapping are inputs.
+        grouper: maps a metadata matrix ``(B, M)`` to groups ``(B,)``, e.g. ``metadata_to_group`` of a wilds
+            ``CombinatorialGrouper``.  Without it a single integer column is the groups, and with several columns the
+            groups are ``None``.
 
     Raises:
         TypeError: the batch has a form that cannot be read; the message says how to adapt it.
         ValueError: labels are not integers of shape ``(B,)`` or are negative, or groups have another length.
+
+    Example:
+        >>> batch = {"image": torch.zeros(2, 3), "label": torch.tensor([[1], [0]])}
+        >>> unpack_batch(batch)
+        Batch(x=tensor([[0., 0., 0.],
+                        [0., 0., 0.]]), y=tensor([1, 0]), group=None)
     """
     own = getattr(module, "unpack_batch", None)
     if callable(own):
-        parts = tuple(own(batch))
-    elif isinstance(batch, Mapping):
-        parts = _from_mapping(batch, module)
-    elif isinstance(batch, list | tuple) and len(batch) in (2, 3):
-        parts = tuple(batch)
-    else:
-        raise TypeError(_unreadable(batch))
-    if len(parts) not in (2, 3) or not isinstance(parts[1], Tensor):
-        raise TypeError(_unreadable(batch))
+        batch = _call_own(own, batch)
+    parts = _from_mapping(batch, module) if isinstance(batch, Mapping) else batch
+    if not isinstance(parts, list | tuple) or len(parts) not in (2, 3) or not isinstance(parts[1], Tensor):
+        raise TypeError(_own_is_no_batch(own, batch) if callable(own) else _unreadable(batch))
     x, y, extra = (*parts, None)[:3]
-    return Batch(x, _check_labels(y), _to_group(extra, len(y), grouper))
+    return Batch(x, _class_indices(y), _to_group(extra, len(y), grouper))
 
 
 def batch_size(batch: Batch) -> int:
-    """Number of examples."""
+    """Return the number of examples.
+
+    Example:
+        >>> batch_size(Batch("any input", torch.tensor([1, 0, 1])))
+        3
+    """
     return int(batch.y.shape[0])
 
 
 def call_model(model: nn.Module, x: Any) -> Any:
-    """What the model gives: a mapping is passed as keyword arguments (``input_ids``, ``attention_mask`` …)."""
+    """Call the model; a mapping is passed as keyword arguments (``input_ids``, ``attention_mask`` …).
+
+    Example:
+        >>> call_model(nn.Identity(), {"input": torch.tensor([1.0])})
+        tensor([1.])
+    """
     return model(**x) if isinstance(x, Mapping) else model(x)
 
 
 def apply_model(model: nn.Module, x: Any) -> Tensor:
-    """Logits ``(B, C)`` of ``model`` for the inputs of a :class:`Batch`; a mapping of inputs goes in by keyword.
+    """Compute the logits ``(B, C)`` of a model.
 
-    A single logit per example becomes two, ``(0, z)``, so that binary heads with one output need no special case.
+    A single logit z per example becomes two, ``(0, z)``, so that binary heads with one output need no special case.
+
+    Args:
+        model: takes ``x``, or its items as keyword arguments where ``x`` is a mapping.
+        x: inputs of a :class:`Batch`.
 
     Raises:
-        TypeError: the model does not take ``x``, or the output holds no logits tensor.
-        ValueError: it is not of shape ``(B, C)``.
+        TypeError: the model does not take ``x``, or its output contains no logits.
+        ValueError: the logits are not of shape ``(B, C)``.
+
+    Example:
+        >>> model = nn.Linear(3, 1, bias=False)
+        >>> apply_model(model, torch.ones(4, 3)).shape
+        torch.Size([4, 2])
     """
     try:
         output = call_model(model, x)
@@ -99,7 +124,21 @@ def apply_model(model: nn.Module, x: Any) -> Tensor:
 
 
 def as_logits(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, ``output.logits``, ``output["logits"]``, or the first of a tuple."""
+    """Extract the logits ``(B, C)`` from a model's output.
+
+    Args:
+        output: a tensor, an object with ``.logits``, a mapping with the key ``"logits"``, or a tuple or list that
+            starts with the logits.  One logit z per example becomes ``(0, z)``.
+
+    Raises:
+        TypeError: the output contains no logits.
+        ValueError: the logits are not of shape ``(B, C)``.
+
+    Example:
+        >>> as_logits({"logits": torch.tensor([2.0, -1.0]), "loss": None})
+        tensor([[ 0.,  2.],
+                [ 0., -1.]])
+    """
     if isinstance(output, Mapping):
         output = output.get("logits")
     elif not isinstance(output, Tensor):
@@ -116,7 +155,22 @@ def as_logits(output: Any) -> Tensor:
     return torch.cat([torch.zeros_like(output), output], 1) if output.shape[1] == 1 else output
 
 
-def _from_mapping(batch: Mapping[str, Any], module: nn.Module | None) -> tuple[Any, Any, Any]:
+def _call_own(own: Callable[..., Any], batch: Any) -> Any:
+    try:
+        inspect.signature(own).bind(batch)
+    except ValueError:  # the signature of a compiled function is unknown
+        pass
+    except TypeError as error:
+        raise TypeError(f"unpack_batch(batch) cannot be called: {error}. {_OWN}") from error
+    return own(batch)
+
+
+def _own_is_no_batch(own: Callable[..., Any], batch: Any) -> str:
+    owner = type(getattr(own, "__self__", None)).__name__
+    return f"unpack_batch of {owner} returned {form_of(batch)}. {_OWN}"
+
+
+def _from_mapping(batch: Mapping[str, Any], module: nn.Module | None) -> tuple[Any, Any, Any] | None:
     def pick(keys: tuple[str, ...]) -> Any:
         return next((batch[k] for k in keys if k in batch), None)
 
@@ -132,16 +186,14 @@ def _from_mapping(batch: Mapping[str, Any], module: nn.Module | None) -> tuple[A
         first = key if key in names else next(iter(names), key)
         others = {k: batch[k] for k in names if k in batch and k not in (first, *_LABEL_KEYS, *_GROUP_KEYS)}
         x = {first: x, **others} if others else x
-    if x is None or y is None:
-        raise TypeError(_unreadable(batch))
-    return x, y, group
+    return None if x is None or y is None else (x, y, group)
 
 
 def _parameters(module: nn.Module) -> list[str]:
-    """Names that ``forward`` takes; where it takes anything (a wrapper), the first child with weights is asked."""
+    """Return the parameters of ``forward``; of the first child with weights where it takes anything (a wrapper)."""
     try:
         taken = inspect.signature(module.forward).parameters.values()
-    except ValueError:  # a traced module tells nothing
+    except ValueError:  # the signature of a traced module is unknown
         return []
     named = [p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if named:
@@ -149,7 +201,7 @@ def _parameters(module: nn.Module) -> list[str]:
     return next((_parameters(child) for child in module.children() if any(True for _ in child.parameters())), [])
 
 
-def _check_labels(y: Tensor) -> Tensor:
+def _class_indices(y: Tensor) -> Tensor:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1:
@@ -176,15 +228,44 @@ def _to_group(extra: Any, size: int, grouper: Callable[[Tensor], Tensor] | None)
         else:
             return None
     if extra.shape != (size,) or extra.is_floating_point():
-        raise ValueError(f"Groups must be integers of shape ({size},), got {extra.dtype} {tuple(extra.shape)}.")
+        raise ValueError(
+            f"Groups must be integers of shape ({size},), got {extra.dtype} {tuple(extra.shape)}. If the third part of "
+            "(x, y, …) is no group, define `unpack_batch(self, batch)` on your LightningModule and return (x, y, None)."
+        )
     if extra.numel() and int(extra.min()) < 0:
         raise ValueError(f"Groups must be indices from 0 up, got {int(extra.min())}.")
     group: Tensor = extra.long()
     return group
 
 
+def has_group_part(batch: Any, module: nn.Module | None = None) -> bool:
+    """Whether a batch has something in the place of groups, be it readable or not.
+
+    Args:
+        batch: what a data loader yields, of a form that :func:`unpack_batch` reads.
+        module: if it has an ``unpack_batch`` method, that alone decides what a group is.
+
+    Example:
+        >>> has_group_part((torch.zeros(2, 3), torch.zeros(2), ["land", "water"]))
+        True
+        >>> has_group_part({"x": torch.zeros(2, 3), "y": torch.zeros(2)})
+        False
+    """
+    if callable(getattr(module, "unpack_batch", None)):
+        return False
+    if isinstance(batch, Mapping):
+        metadata = any(isinstance(batch.get(key), Tensor) for key in _METADATA_KEYS)
+        return metadata or any(key in batch for key in _GROUP_KEYS)
+    return len(batch) > 2 and isinstance(batch[2], Tensor | list | tuple)
+
+
 def form_of(batch: Any) -> str:
-    """What a batch consists of, for messages."""
+    """Describe the form of a batch, for messages.
+
+    Example:
+        >>> form_of((torch.zeros(2, 3), [1, 0]))
+        'a tuple of (Tensor, list of int)'
+    """
 
     def kind(value: Any) -> str:
         name = type(value).__name__

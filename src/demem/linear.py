@@ -1,4 +1,8 @@
-"""Logistic regression on fixed features: the tool behind head refits and probes."""
+"""Fit linear heads on fixed features: logistic regression, balanced by group, and cross-fitted.
+
+Head refits and probes are made of these functions.  Features are ``(S, N)``, labels and groups ``(S,)`` indices from 0,
+logits ``(S, C)``.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ from demem.sites import check_finite
 
 
 class LinearHead(NamedTuple):
-    """``weight (C, N)`` and ``bias (C,)`` for features as they are (not standardised)."""
+    """Weight ``(C, N)`` and bias ``(C,)`` of a linear classifier for features that are not standardised."""
 
     weight: Tensor
     bias: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Logits ``(S, C)``."""
+        """Compute logits ``(S, C)`` of features ``(S, N)``."""
         return features @ self.weight.T + self.bias
 
 
@@ -31,26 +35,37 @@ def fit_linear(
     num_classes: int | None = None,
     max_iter: int = 100,
 ) -> LinearHead:
-    r"""Multinomial logistic regression by L-BFGS.
+    r"""Fit a linear classifier by multinomial logistic regression (L-BFGS).
 
-    Minimises :math:`\sum_s v_s\,\mathrm{CE}(V x_s + b, y_s) + \tfrac{\lambda N'}{2} \lVert V \rVert^2` with :math:`x`
-    the standardised features, :math:`v` the weights scaled to sum to 1 and :math:`N'` the number of features that vary.
-    The factor :math:`N'` gives :math:`\lambda` the same meaning at every width: it is the penalty for features scaled
-    to a total variance of 1.  A feature that does not vary (a masked unit) gets the weight 0.
+    Minimises
+
+    .. math:: \sum_s v_s\,\mathrm{CE}(V x_s + b, y_s) + \tfrac{\lambda N'}{2} \lVert V \rVert^2
+
+    with :math:`x` the standardised features, :math:`v` the weights scaled to sum to 1 and :math:`N'` the number of
+    features that vary.  The factor :math:`N'` gives :math:`\lambda` the same meaning at every width: it is the penalty
+    for features scaled to a total variance of 1.  A feature that does not vary (a masked unit) gets the weight 0.
 
     Args:
         features: ``(S, N)``, finite.
         y: ``(S,)`` class indices.
-        weights: ``(S,)`` non-negative; default all the same.
+        weights: ``(S,)`` non-negative weights of the examples; equal if ``None``.
         l2: :math:`\lambda`.
-        num_classes: rows of the head; default ``y.max() + 1``.
-        max_iter: of L-BFGS.
+        num_classes: number of classes C; ``y.max() + 1`` if ``None``.
+        max_iter: maximum number of iterations of L-BFGS.
 
     Returns:
-        A head for the features as they are, in float32.
+        A float32 head for the features before standardisation.
 
     Raises:
         ValueError: shapes do not fit, a value is not finite, a label is out of range, or all weights are zero.
+
+    Example:
+        >>> features = torch.tensor([[0.0, 5.0], [1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
+        >>> head = fit_linear(features, torch.tensor([0, 0, 1, 1]))
+        >>> head(features).argmax(1)
+        tensor([0, 0, 1, 1])
+        >>> head.weight[:, 1]  # this feature does not vary
+        tensor([0., 0.])
     """
     if features.ndim != 2 or y.shape != features.shape[:1] or len(y) == 0:
         raise ValueError(f"Expected features (S, N) and labels (S,), got {tuple(features.shape)} and {tuple(y.shape)}.")
@@ -75,7 +90,9 @@ def fit_linear(
     )
     target = F.one_hot(y, classes).float()
 
-    def closure() -> Tensor:  # the gradient in closed form takes half of autograd's time
+    # With p = softmax(V x + b) the gradient is Σ_s v_s (p_s − onehot(y_s)) x_sᵀ + λN' V for V, and without x for b.
+    # In closed form it takes half the time of autograd.
+    def closure() -> Tensor:
         v, b = head[:, :-1], head[:, -1]
         log_p = (x @ v.T + b).log_softmax(1)
         error = (log_p.exp() - target) * share[:, None]
@@ -84,31 +101,57 @@ def fit_linear(
         return penalty / 2 * v.square().sum() - (log_p * target * share[:, None]).sum()
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
+    # Undo the standardisation: V (z − μ)/σ + b = (V/σ) z + (b − (V/σ) μ).
     weight = torch.zeros(classes, features.shape[1], device=x.device)
     weight[:, varies] = head[:, :-1] / std
     return LinearHead(weight, head[:, -1] - weight[:, varies] @ mean)
 
 
 def balanced_weights(key: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Weights under which every value of ``key`` (class or group) counts the same: ``1 / (n_k + smoothing · S)``.
+    """Weight examples so that every class or group k counts the same: ``1 / (n_k + smoothing · S)``.
 
     Args:
-        key: ``(S,)`` indices from 0.
-        smoothing: keeps a handful of examples of a rare value from being drawn all the time.
+        key: ``(S,)`` class or group indices from 0.
+        smoothing: fraction of the set that is added to every count, so that a few examples of a rare group do not
+            dominate; default 0.
+
+    Returns:
+        ``(S,)`` float32, not normalised.
+
+    Example:
+        >>> balanced_weights(torch.tensor([0, 0, 0, 0, 1]))
+        tensor([0.2500, 0.2500, 0.2500, 0.2500, 1.0000])
     """
     counts = torch.bincount(key).float()
     return (1.0 / (counts + smoothing * len(key)).clamp_min(1e-12))[key]
 
 
 def few_of_each_group(group: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Positions of at most ``size`` random examples of each group, group by group."""
+    """Draw at most ``size`` random examples of each group; returns positions, group by group.
+
+    Example:
+        >>> group = torch.tensor([0, 0, 0, 0, 1])
+        >>> group[few_of_each_group(group, 2, torch.Generator().manual_seed(0))]
+        tensor([0, 0, 1])
+    """
     members = [(group == g).nonzero()[:, 0] for g in sorted(set(group.tolist()))]
     return torch.cat([m[torch.randperm(len(m), generator=generator)[:size].to(m.device)] for m in members])
 
 
 def balanced_subset(group: Tensor, generator: torch.Generator, smallest: int = 8) -> Tensor:
-    """Positions of as many random examples of each group as the smallest group has, but of at least ``smallest`` (a
-    group that has fewer gives all)."""
+    """Draw as many random examples of each group as the smallest group has; returns positions, group by group.
+
+    Args:
+        group: ``(S,)`` indices from 0.
+        generator: source of the draw.
+        smallest: draw at least this many of each group; a group that has fewer contributes all of them.
+
+    Example:
+        >>> group = torch.tensor([0] * 20 + [1] * 10 + [2] * 3)
+        >>> chosen = balanced_subset(group, torch.Generator().manual_seed(0))
+        >>> torch.bincount(group[chosen])
+        tensor([8, 8, 3])
+    """
     counts = torch.bincount(group)
     return few_of_each_group(group, max(smallest, int(counts[counts > 0].min())), generator)
 
@@ -123,19 +166,34 @@ def fit_balanced(
     smallest: int = 8,
     seed: int = 0,
 ) -> LinearHead:
-    """Mean of heads that are each fitted on a random subset with equally many examples of every group.
+    """Average heads that are each fitted on a random subset with equally many examples of every group.
 
-    With weights instead, the examples of a small group are fitted closely again and again, and the head leans against
-    that group where the examples are new; a subset has no group that is easier to fit than the others.
+    A fit with weights instead overfits the few examples of a small group, and the head then fails on new examples of
+    it; in a subset no group is easier to fit than the others.
 
     Args:
         features, y, l2, num_classes: see :func:`fit_linear`.
-        group: ``(S,)`` indices, true or inferred.
-        subsets: how many.
+        group: ``(S,)`` indices from 0, true or inferred.
+        subsets: number of heads.
         smallest: see :func:`balanced_subset`.
-        seed: of the draws.
+        seed: seed of the draws.
 
-    Source: Kirichenko et al. 2023, who average heads in this way for deep feature reweighting (with true groups).
+    Returns:
+        The head whose weight and bias are the means over the heads.
+
+    Raises:
+        ValueError: as :func:`fit_linear`.
+
+    Source: Kirichenko et al. 2023, who average heads in this way for deep feature reweighting with true groups.
+
+    Example:
+        >>> y = torch.tensor([0, 1]).repeat(60)
+        >>> spurious = torch.where(torch.arange(120) < 100, y, 1 - y)  # fails on 20 examples
+        >>> features = torch.stack([y + 0.5 * torch.randn(120), spurious.float()], 1)
+        >>> plain, fair = fit_linear(features, y), fit_balanced(features, y, group=2 * y + spurious)
+        >>> right = [head(features).argmax(1) == y for head in (plain, fair)]
+        >>> [round(float(r[spurious != y].float().mean()), 2) for r in right]  # where the spurious feature fails
+        [0.6, 0.85]
     """
     classes = int(y.max()) + 1 if num_classes is None else num_classes
     generator = torch.Generator().manual_seed(seed)
@@ -148,10 +206,24 @@ def fit_balanced(
 
 
 def folds(y: Tensor, k: int, seed: int = 0, group: Tensor | None = None) -> Iterator[Tensor]:
-    """``k`` disjoint boolean masks ``(S,)`` that cover everything, each class (and group) split evenly and at random.
+    """Split examples at random into ``k`` folds with equal shares of each class (and group).
+
+    Args:
+        y: ``(S,)`` class indices.
+        k: number of folds.
+        seed: seed of the split.
+        group: ``(S,)`` indices that are split evenly within the classes; ignored if ``None``.
+
+    Yields:
+        ``k`` disjoint boolean masks ``(S,)`` that together cover all examples.
 
     Raises:
         ValueError: a class has fewer than two examples, so it would be missing when its fold is left out.
+
+    Example:
+        >>> y = torch.tensor([0] * 4 + [1] * 2)
+        >>> [torch.bincount(y[fold]).tolist() for fold in folds(y, 2)]
+        [[2, 1], [2, 1]]
     """
     counts = torch.bincount(y)
     if bool(((counts > 0) & (counts < 2)).any()):
@@ -174,10 +246,27 @@ def crossfit(
     seed: int = 0,
     group: Tensor | None = None,
 ) -> Tensor:
-    """Logits ``(S, C)`` of every example from a head that ``fit`` made of the other folds (:func:`folds`).
+    """Compute logits of every example with a head that was fitted without it.
 
     Args:
-        fit: takes the boolean mask ``(S,)`` of the examples to use.
+        features: ``(S, N)``.
+        y: ``(S,)`` class indices.
+        fit: takes the boolean mask ``(S,)`` of the examples to fit on and returns a head.
+        num_classes: number of classes C.
+        k, seed, group: see :func:`folds`.
+
+    Returns:
+        ``(S, C)``, each row from the head that was fitted on the other folds.
+
+    Raises:
+        ValueError: as :func:`folds` and ``fit``.
+
+    Example:
+        >>> y = torch.arange(40) % 2
+        >>> features = y[:, None] + 0.3 * torch.randn(40, 3)
+        >>> logits = crossfit(features, y, lambda used: fit_linear(features[used], y[used]), num_classes=2)
+        >>> float((logits.argmax(1) == y).float().mean()) > 0.9
+        True
     """
     logits = torch.zeros(len(y), num_classes, device=features.device)
     for left_out in folds(y, k, seed, group):
@@ -194,7 +283,26 @@ def crossfit_logits(
     k: int = 5,
     seed: int = 0,
 ) -> Tensor:
-    """Logits ``(S, C)`` of every example from a head fitted on the other folds (arguments: :func:`fit_linear`)."""
+    """Compute logits of every example with a :func:`fit_linear` head that was fitted without it.
+
+    Args:
+        features, y, weights, l2, num_classes: see :func:`fit_linear`.
+        k, seed: see :func:`folds`.
+
+    Returns:
+        ``(S, C)``.
+
+    Raises:
+        ValueError: as :func:`fit_linear` and :func:`folds`.
+
+    Example:
+        >>> y = torch.arange(40) % 2
+        >>> noise = torch.randn(40, 60)  # as many features as it takes to fit any labels
+        >>> bool((fit_linear(noise, y)(noise).argmax(1) == y).all())
+        True
+        >>> float((crossfit_logits(noise, y).argmax(1) == y).float().mean()) < 0.8
+        True
+    """
     classes = int(y.max()) + 1 if num_classes is None else num_classes
 
     def fit(used: Tensor) -> LinearHead:

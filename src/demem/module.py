@@ -73,7 +73,7 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         example = unpack_batch(batch, self)
         logits = apply_model(self, example.x)
-        _check_labels(example.y, logits)
+        _check_outputs(example.y, logits)
         loss = self.loss(logits, example)
         if not bool(torch.isfinite(loss)):
             raise ValueError(
@@ -86,7 +86,7 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         example = unpack_batch(batch, self)
         logits = apply_model(self, example.x)
-        _check_labels(example.y, logits)
+        _check_outputs(example.y, logits)
         self.log("val/loss", F.cross_entropy(logits, example.y), batch_size=len(example.y), sync_dist=True)
         accuracy = (logits.argmax(1) == example.y).float().mean()
         self.log("val/acc", accuracy, batch_size=len(example.y), prog_bar=True, sync_dist=True)
@@ -94,7 +94,7 @@ class Classifier(pl.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         example = unpack_batch(batch, self)
         logits = apply_model(self, example.x)
-        _check_labels(example.y, logits)
+        _check_outputs(example.y, logits)
         accuracy = (logits.argmax(1) == example.y).float().mean()
         self.log("test/acc", accuracy, batch_size=len(example.y), sync_dist=True)
 
@@ -180,7 +180,7 @@ def _conv(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
-def _check_labels(y: Tensor, logits: Tensor) -> None:
+def _check_outputs(y: Tensor, logits: Tensor) -> None:
     if y.numel() and int(y.max()) >= logits.shape[1]:
         raise ValueError(
             f"A batch holds class {int(y.max())}, but the model has {logits.shape[1]} outputs (classes 0 to "

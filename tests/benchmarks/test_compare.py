@@ -1,11 +1,15 @@
+import gzip
 import json
 import math
 
 import pytest
+import torch
 from rich.console import Console
 
+from benchmarks import report
 from benchmarks.__main__ import main as entry
-from benchmarks.compare import main
+from benchmarks.compare import Plan, _choices, _parser, main, make_plan, run_job
+from benchmarks.experiment import HELD_OUT, TASKS, Experiment, Method, Outcome, Settings, Shared
 from benchmarks.report import paired, summarise, write_report
 from benchmarks.results import append_jsonl, read_jsonl
 
@@ -44,6 +48,8 @@ def _row(method, seed, worst, tier="T0", **other):
         (["--seeds", "0"], "--seeds takes a number from 1 up"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--held-out", "iid", "--methods", "afr"], "None of afr uses --held-out iid"),
+        (["--held-out", "none", "--methods", "dfr,afr"], "None of dfr, afr uses --held-out none"),
+        (["--held-out", "test"], "--held-out: unknown held-out source test. There are: none, iid, val."),
     ],
 )
 def test_bad_arguments_end_before_training(tmp_path, capsys, arguments, message):
@@ -114,15 +120,16 @@ def test_table_pairs_each_arm_with_erm_on_the_same_seeds(tmp_path):
     assert 0 < half < 0.01
     assert p < 1e-4
     lines = summarise(rows)
-    assert lines[0][:4] == ["erm", "T0", "val", "51.0 ± 1.0"]
+    assert lines[0][:3] == ["erm", "T0", "51.0 ± 1.0"]
     assert lines[1][0] == "demem"
-    assert lines[1][4].startswith("+30.0")
+    assert lines[1][3].startswith("+30.0")
     assert math.isnan(paired(rows[3:4], rows[:1])[1])
     for row in rows:
         append_jsonl(tmp_path / "results.jsonl", row)
     write_report(tmp_path, Console(width=80, quiet=True))
     table = (tmp_path / "table.md").read_text()
-    assert "| demem | T0 | val |" in table
+    assert "## digits, held out: val" in table
+    assert "| demem | T0 |" in table
     assert (tmp_path / "memorization_gap.png").stat().st_size > 1000
 
 
@@ -138,3 +145,173 @@ def test_figures_from_recorded_units_rounds_and_diversity(tmp_path):
     write_report(tmp_path)
     assert {"unit_map.png", "rounds.png", "diversity.png"} <= {p.name for p in tmp_path.iterdir()}
     assert json.loads((tmp_path / "results.jsonl").read_text())["method"] == "erm"
+
+
+def test_held_out_sources_are_a_list_or_a_name_for_several():
+    def sources(given):
+        return make_plan(_parser().parse_args(["--held-out", given])).held_out
+
+    assert sources("val") == ["val"]
+    assert sources("none,val,none") == ["none", "val"]
+    assert sources("both") == ["val", "iid"]
+    assert sources("all") == ["none", "iid", "val"]
+
+
+def test_an_arm_has_rows_only_where_it_can_run():
+    options = _parser().parse_args(["--methods", "erm,jtt,dfr,afr", "--held-out", "all", "--seeds", "1"])
+    rows = {(job.held_out, job.method.label) for job in make_plan(options).jobs()}
+    assert {label for source, label in rows if source == "none"} == {"erm T0", "jtt T0"}
+    assert {label for source, label in rows if source == "iid"} == {"erm T0", "jtt T1", "dfr T2"}
+    assert {label for source, label in rows if source == "val"} == {"erm T0", "jtt T1", "dfr T2", "afr T1"}
+
+
+def test_with_none_the_whole_training_set_is_trained_on():
+    whole, none, iid = (
+        Experiment(TASKS["digits"], Settings(), 0, held_out).data() for held_out in ("val", "none", "iid")
+    )
+    assert none.train_dataset.positions.equal(whole.train_dataset.positions)
+    assert none.val_dataset.y.equal(whole.val_dataset.y)
+    assert len(iid.train_dataset) < len(none.train_dataset)
+    with pytest.raises(ValueError, match="held_out must be one of none, iid, val, got 'test'"):
+        Experiment(TASKS["digits"], Settings(), 0, "test")
+
+
+def test_an_arm_that_trains_on_no_held_out_label_runs_once_for_none_and_val():
+    calls = []
+
+    def run(experiment):
+        calls.append((experiment.seed, experiment.held_out))
+        data = experiment.data()
+        sets = {"train": data.train_eval_dataset, "test": data.test_dataset}
+        return Outcome({split: torch.nn.functional.one_hot(rows.y, 2).float() for split, rows in sets.items()})
+
+    everywhere, refit = Method("mine", "T0", "a rule", run, HELD_OUT), Method("refit", "T0", "a rule", run)
+    plan, shared = Plan([TASKS["digits"]], [everywhere, refit], [0, 1], list(HELD_OUT)), Shared()
+    rows = []
+    for job in plan.jobs():
+        if (job.seed, job.held_out, job.method.name) == (1, "none", "mine"):
+            shared.start_seed()
+        rows.append(run_job(job, plan, Settings(), shared)[0])
+    assert calls == [(0, "none"), (0, "iid"), (0, "iid"), (0, "val"), (1, "none"), (1, "iid"), (1, "iid"), (1, "val")]
+    assert [row["held_out"] for row in rows if row["method"] == "mine" and row["seed"] == 0] == list(HELD_OUT)
+    same = [{k: v for k, v in row.items() if k != "held_out"} for row in rows if row["method"] == "mine"]
+    assert same[0] == same[2]
+    assert not plan.missing([{**row, "epochs": 20} for row in rows])
+    assert [str(job) for job in plan.missing(rows[1:])] == ["digits · seed 0 · none · mine T0"]
+
+
+def test_arms_that_share_a_name_on_different_sources_are_not_mixed_up():
+    def arm(name, share, *held_out):
+        def run(experiment):
+            data = experiment.data()
+            sets = {"train": data.train_eval_dataset, "test": data.test_dataset}
+            return Outcome({split: torch.zeros(len(rows.y), 2) for split, rows in sets.items()}, {"share": share})
+
+        return Method(name, "T0", "a rule", run, held_out)
+
+    methods = [arm("ours", 0.1, "none"), arm("ours", 0.2, "val")]
+    plan, shared = Plan([TASKS["digits"]], methods, [0], ["none", "val"]), Shared()
+    rows = [run_job(job, plan, Settings(), shared)[0] for job in plan.jobs()]
+    assert [(row["held_out"], row["config"]["share"]) for row in rows] == [("none", 0.1), ("val", 0.2)]
+
+
+def test_choices_hold_for_later_seeds_and_are_shared_by_none_and_val():
+    shared = Shared()
+    first, later, iid = (
+        Experiment(TASKS["digits"], Settings(), seed, held_out, shared=shared)
+        for seed, held_out in ((0, "none"), (1, "val"), (0, "iid"))
+    )
+    assert first.choose("arm", lambda: {"lr": 1}) == {"lr": 1}
+    shared.runs[first.erm_key] = None  # a network of the first seed
+    shared.start_seed()
+    assert not shared.runs  # networks are large
+    assert later.choose("arm", lambda: {"lr": 2}) == {"lr": 1}
+    assert iid.choose("arm", lambda: {"lr": 3}) == {"lr": 3}
+
+
+def test_choices_hold_after_a_resume():
+    rows = [
+        _row("xrm_dro", 0, 0.5, held_out="none", config={"tuned": {"lr": 1}, "tuned_twins": {"rate": 2}, "epoch": 3})
+    ]
+    rows += [_row("xrm_dro", 1, 0.5, config={"tuned": {"lr": 4}}), _row("erm", 0, 0.5)]
+    assert _choices(rows) == {
+        ("digits", "xrm_dro", "val"): {"lr": 1},
+        ("digits", "xrm_dro_twins", "val"): {"rate": 2},
+    }
+
+
+def test_an_arm_that_hands_back_something_else_is_named():
+    plan = Plan([TASKS["digits"]], [Method("mine", "T0", "a rule", lambda experiment: None)], [0], ["val"])
+    with pytest.raises(ValueError, match=r"The arm mine T0 must return a benchmarks.experiment.Outcome"):
+        run_job(next(plan.jobs()), plan, Settings(), Shared())
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Titles and tick labels of each figure's panels, by file name."""
+    found = {}
+
+    def save(figure, path):
+        found[path.name] = {a.get_title(): [t.get_text() for t in a.get_yticklabels()] for a in figure.axes}
+        return path
+
+    monkeypatch.setattr(report, "_save", save)
+    return found
+
+
+def test_held_out_sources_are_never_in_one_ranking(tmp_path, drawn):
+    rows = [_row("erm", 0, 0.5, held_out=source) for source in ("val", "none", "iid")]
+    rows += [_row("dfr", 0, 0.9, tier="T2"), _row("demem", 0, 0.7, held_out="none"), _row("demem", 0, 0.8)]
+    rows += [_row("erm", 0, 0.3, data="other")]
+    for row in rows:
+        append_jsonl(tmp_path / "results.jsonl", row)
+    write_report(tmp_path)
+    parts = (tmp_path / "table.md").read_text().split("## ")[1:]
+    assert [part.splitlines()[0] for part in parts] == [
+        "digits, held out: none",
+        "digits, held out: iid",
+        "digits, held out: val",
+        "other, held out: val",
+    ]
+    arms = [[line.split(" | ")[0] for line in part.splitlines() if " | T" in line] for part in parts]
+    assert arms == [["| erm", "| demem"], ["| erm"], ["| erm", "| demem", "| dfr"], ["| erm"]]
+    assert drawn["worst_group.png"] == {
+        "digits, held out: none": ["erm T0", "demem T0"],
+        "digits, held out: iid": ["erm T0"],
+        "digits, held out: val": ["erm T0", "demem T0", "dfr T2"],
+        "other, held out: val": ["erm T0"],
+    }
+
+
+def test_tables_are_made_again_from_rows_on_disk(tmp_path, capsys):
+    for seed in range(2):
+        append_jsonl(tmp_path / "results.jsonl", _row("erm", seed, 0.5))
+        diversity = {"epoch": 1, "entropy": 2.0, "mutual_information": None}
+        append_jsonl(tmp_path / "diversity.jsonl", {**_row("erm", seed, 0.5), **diversity})
+    for name in ("results", "diversity"):
+        content = (tmp_path / f"{name}.jsonl").read_bytes()
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(content))
+    for name in ("results.jsonl", "results.jsonl.gz"):
+        out = tmp_path / f"of {name}"
+        assert entry(["table", str(tmp_path / name), "--out", str(out)]) == 0
+        assert "50.0 ± 0.0" in capsys.readouterr().out
+        assert {"table.md", "worst_group.png", "diversity.png"} <= {path.name for path in out.iterdir()}
+        (tmp_path / "diversity.jsonl").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "There is no file"),
+        (b"", "holds no rows"),
+        (b'{"part": "done"}\n', "Row 1 of"),
+        (b'{"part": "done"}\n', "has no data, epochs, group_acc"),
+        (json.dumps(_row("erm", 0, 0.5, held_out="test")).encode(), "has the held-out source 'test'"),
+    ],
+)
+def test_a_table_of_other_files_is_refused(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "rows.jsonl").write_bytes(content)
+    assert entry(["table", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()

@@ -1,3 +1,5 @@
+import gzip
+
 import pytest
 
 from benchmarks.results import append_jsonl, read_jsonl
@@ -25,3 +27,13 @@ def test_nan_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         append_jsonl(tmp_path / "results.jsonl", {"worst_group_acc": float("nan")})
     assert read_jsonl(tmp_path / "results.jsonl") == []
+
+
+def test_compressed_rows_are_read_and_cut_off_ones_refused(tmp_path):
+    whole = gzip.compress(b'{"seed": 0}\n{"seed": 1}\n')
+    (tmp_path / "rows.jsonl.gz").write_bytes(whole)
+    assert read_jsonl(tmp_path / "rows.jsonl.gz") == [{"seed": 0}, {"seed": 1}]
+    for content in (whole[:-9], b"not compressed"):
+        (tmp_path / "rows.jsonl.gz").write_bytes(content)
+        with pytest.raises(ValueError, match="no complete gzip file"):
+            read_jsonl(tmp_path / "rows.jsonl.gz")

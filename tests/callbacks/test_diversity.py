@@ -8,7 +8,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from demem.callbacks.diversity import ActivationDiversityMonitor
+from demem.callbacks import ActivationDiversityMonitor
 from demem.measures import collect_activations, mean_mi, measure_diversity
 
 QUIET = dict(

@@ -58,7 +58,7 @@ def test_held_out_examples_are_those_that_the_sampler_draws_from(kind):
     remover, expected = MemorizationRemover(), MemorizationRemover()
     _fit(remover, epochs=1, loaders=loaders | {"val_dataloaders": DataLoader(everything, **options)})
     _fit(expected, epochs=1)
-    assert torch.equal(remover._held_out_groups, expected._held_out_groups)
+    assert torch.equal(remover.groups.held_out, expected.groups.held_out)
 
 
 def test_limited_batches_of_sorted_data_hold_every_class():
@@ -66,7 +66,7 @@ def test_limited_batches_of_sorted_data_hold_every_class():
     data = TensorDataset(*(t[order] for t in TRAIN.tensors))
     remover = MemorizationRemover()
     _fit(remover, epochs=1, loaders=_loaders(data), limit_train_batches=0.5)
-    groups = torch.tensor(remover.probe["groups"]).view(2, 2).sum(1)
+    groups = torch.tensor(remover.groups.sizes).view(2, 2).sum(1)
     assert groups.min() > 0.4 * groups.sum()
 
 
@@ -91,7 +91,7 @@ def test_an_endless_stream_is_read_up_to_max_examples():
     remover = MemorizationRemover(max_examples=100, rebalance=False)
     _, trainer = _fit(remover, epochs=-1, loaders=_stream(endless=True), max_steps=12)
     assert trainer.global_step == 12
-    assert 100 <= sum(remover.probe["groups"]) < 100 + 32
+    assert 100 <= sum(remover.groups.sizes) < 100 + 32
 
 
 @pytest.mark.slow
@@ -106,9 +106,62 @@ def test_a_stream_that_shuffles():
     remover = MemorizationRemover(rebalance=False)
     _fit(remover, epochs=3, loaders=_stream(shuffled=torch.randperm))
     assert remover.rounds
-    own = torch.Generator().manual_seed(0)
+    own, steps = torch.Generator().manual_seed(0), _Drawn()
     with pytest.raises(ValueError, match="in the same order each time"):
-        _fit(remover, epochs=2, loaders=_stream(shuffled=lambda n: torch.randperm(n, generator=own)))
+        _fit(remover, epochs=2, loaders=_stream(shuffled=lambda n: torch.randperm(n, generator=own)), callbacks=[steps])
+    assert not steps.epochs
+
+
+def test_what_fails_after_training_costs_no_more_than_the_removal():
+    class Disk(TensorDataset):
+        broken = False
+
+        def __getitem__(self, i):
+            if self.broken:
+                raise OSError("Stale file handle")
+            return super().__getitem__(i)
+
+    class Breaks(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            Disk.broken = trainer.current_epoch == 1
+
+        def on_validation_start(self, *_):
+            Disk.broken = False
+
+    class Refitted(MemorizationRemover):  # breaks after the head was written
+        def choose(self, rounds, held_out, groups):
+            Disk.broken = True
+            return 1
+
+    for remover, val in ((MemorizationRemover(rebalance=False), VAL), (Refitted(rebalance=False), MANY)):
+        with pytest.warns(UserWarning, match="as it was trained, because OSError: Stale file handle"):
+            module, _ = _fit(remover, epochs=2, callbacks=[Breaks()], loaders=_loaders(val=Disk(*val.tensors)))
+        trained, _ = _fit(epochs=2)
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), trained.parameters(), strict=True))
+        assert not remover.rounds
+
+
+def test_a_head_that_another_callback_prunes_is_refused():
+    module = Net()
+    pruning = pl.callbacks.ModelPruning("l1_unstructured", amount=0.1)
+    with pytest.raises(ValueError, match=r"ModelPruning prunes the head 'net\.4'"):
+        _fit(MemorizationRemover(), module, epochs=1, callbacks=[pruning])
+    others = [(module.net[0], "weight"), (module.net[2], "weight")]
+    pruning = pl.callbacks.ModelPruning("l1_unstructured", parameters_to_prune=others, amount=0.1)
+    remover = MemorizationRemover()
+    _fit(remover, module, epochs=2, callbacks=[pruning])
+    assert remover.rounds
+
+
+def test_a_head_with_tied_weights_is_refused():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Embedding(2, 16)
+            self.net[4].weight = self.queries.weight
+
+    with pytest.raises(ValueError, match=r"shares its parameters with queries\.weight"):
+        _fit(MemorizationRemover(head="net.4"), Tied(), epochs=1)
 
 
 def test_augmentation_on_the_device_leaves_held_out_examples_alone():
@@ -148,15 +201,15 @@ def test_layers_that_do_not_give_a_row_for_each_example():
         _fit(MemorizationRemover(head="head"), Tokens(Blocks()), epochs=1)
     remover = MemorizationRemover(head="head", probe_layers="embed")
     _fit(remover, Tokens(Blocks()), epochs=1)
-    assert float((remover._train_groups == TRAIN.tensors[2]).float().mean()) > 0.9
+    assert float((remover.groups.index == TRAIN.tensors[2]).float().mean()) > 0.9
 
 
 def test_a_transformer_with_the_sequence_first_is_probed():
     remover = MemorizationRemover(head="head")
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0), 1, enable_nested_tensor=False)
     _fit(remover, Tokens(encoder), epochs=1)
-    assert remover.probe["site"].startswith("encoder.layers.0")
-    assert float((remover._train_groups == TRAIN.tensors[2]).float().mean()) > 0.9
+    assert remover.groups.site.startswith("encoder.layers.0")
+    assert float((remover.groups.index == TRAIN.tensors[2]).float().mean()) > 0.9
 
 
 def test_one_example_of_a_class_is_refused_before_training():
@@ -173,8 +226,8 @@ def test_groups_that_tell_the_attribute_only_are_crossed_with_the_class():
     crossed, expected = MemorizationRemover(use_groups=True), MemorizationRemover(use_groups=True)
     _fit(crossed, epochs=1, loaders=_loaders(attribute(TRAIN), attribute(VAL)))
     _fit(expected, epochs=1)
-    assert torch.equal(crossed._held_out_groups, expected._held_out_groups)
-    assert torch.equal(crossed._train_groups, expected._train_groups)
+    assert torch.equal(crossed.groups.held_out, expected.groups.held_out)
+    assert torch.equal(crossed.groups.index, expected.groups.index)
 
 
 class _Headed(Net):
@@ -219,9 +272,7 @@ def test_a_new_head_of_zeros_is_told_from_another_layer():
 
 
 def test_weights_from_elsewhere_are_not_masked(masks):  # noqa: F811
-    remover = MemorizationRemover(shares=(0.5,))
-    module, _ = _fit(remover, epochs=1)
-    assert (module.net[4].get_buffer("input_gate") == 0).any()
+    module, _ = _fit(MemorizationRemover(shares=(0.5,)), epochs=1)
     other = Net(seed=3)
     module.load_state_dict(other.state_dict())
     assert torch.equal(module.eval()(VAL.tensors[0]), other.eval()(VAL.tensors[0]))
@@ -230,7 +281,7 @@ def test_weights_from_elsewhere_are_not_masked(masks):  # noqa: F811
 def test_resumed_to_train_longer_the_checkpoint_still_needs_no_demem(masks, tmp_path, monkeypatch):  # noqa: F811
     _, trainer = _fit(MemorizationRemover(shares=(0.5,)), epochs=2)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    monkeypatch.setattr("demem.callbacks.remover.choose_round", lambda *_: 0)  # as trained, under the first mask
+    monkeypatch.setattr("demem.callbacks.remover.choose_round", lambda *_, **__: 0)  # as trained, under the first mask
     module, _ = _fit(MemorizationRemover(shares=(0.5,)), epochs=3, ckpt_path=tmp_path / "end.ckpt")
     plain = Net()
     plain.load_state_dict(module.state_dict())

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from demem.callbacks.tracer import MemorizationTracer
+from demem.callbacks import MemorizationTracer
 from demem.data import SpuriousDigits
 from demem.module import Classifier
 
@@ -153,46 +153,6 @@ def test_it_finds_the_minority_on_digits(tmp_path):
     by_group = MemorizationTracer(atypical="group", dirpath=str(tmp_path / "group"), memorised=0)
     _trainer([by_group], epochs=1).fit(Classifier(lr=0.05), datamodule=SpuriousDigits(seed=0))
     assert by_group.report is not None
-
-
-def test_state_survives_a_checkpoint(tmp_path):
-    tracer = MemorizationTracer(dirpath=str(tmp_path / "a"), every_n_epochs=1, memorised=0)
-    _, trainer = _fit([tracer], epochs=2)
-    path = tmp_path / "last.ckpt"
-    trainer.save_checkpoint(path)
-    torch.load(path, weights_only=True)
-    again = MemorizationTracer(dirpath=str(tmp_path / "a"), every_n_epochs=1, memorised=0)
-    pl.seed_everything(0, verbose=False)
-    _trainer([again], epochs=3).fit(Net(), *_loaders(), ckpt_path=path, weights_only=True)
-    assert [h["epoch"] for h in again.history] == [0, 1, 2]
-    other = MemorizationTracer(dirpath=str(tmp_path / "b"))
-    assert other.state_key != tracer.state_key
-
-
-def test_lightning_pytorch_trainer(tmp_path):
-    library = pytest.importorskip("lightning.pytorch")
-
-    class Own(library.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 2))
-
-        def forward(self, x):
-            return self.net(x)
-
-        def training_step(self, batch, _):
-            return F.cross_entropy(self(batch[0]), batch[1])
-
-        def validation_step(self, batch, _):
-            pass
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    tracer = MemorizationTracer(dirpath=str(tmp_path))
-    _trainer([tracer], library=library, epochs=1).fit(Own(), *_loaders())
-    assert tracer.report is not None
-    assert (tmp_path / "units.csv").exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true", "64-true"])

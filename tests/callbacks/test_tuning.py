@@ -23,7 +23,7 @@ def test_tunes_every_layer_where_there_are_enough_examples():
     still, tuned = MemorizationRemover(fine_tune=0), MemorizationRemover()
     before, _ = _fit(still, loaders=_loaders(val=MANY))
     after, _ = _fit(tuned, loaders=_loaders(val=MANY))
-    groups = torch.bincount(tuned._held_out_groups)
+    groups = torch.bincount(tuned.groups.held_out)
     assert (still.fine_tuned_on, tuned.fine_tuned_on) == (0, 4 * int(groups.min()))
     assert tuned.rounds == still.rounds
     assert not torch.equal(before.net[0].weight, after.net[0].weight)
@@ -63,7 +63,8 @@ def test_learning_rate_falls_to_zero(monkeypatch):
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    remover = MemorizationRemover(fine_tune=3, fine_tune_lr=2e-4)
+    monkeypatch.setattr("demem.run.cure.FINE_TUNE_LR", 2e-4)
+    remover = MemorizationRemover(fine_tune=3)
     _, trainer = _fit(remover, loaders=_loaders(val=MANY))
     rates = seen[trainer.global_step :]
     assert len(rates) == 3 * -(-remover.fine_tuned_on // 32)
@@ -73,7 +74,7 @@ def test_learning_rate_falls_to_zero(monkeypatch):
 
 
 def test_masked_units_stay_masked(monkeypatch):
-    monkeypatch.setattr("demem.callbacks.remover.choose_round", lambda rounds, *_: len(rounds) - 1)
+    monkeypatch.setattr("demem.callbacks.remover.choose_round", lambda rounds, *_, **__: len(rounds) - 1)
     remover = MemorizationRemover(shares=(0.5,))
     module, _ = _fit(remover, loaders=_loaders(val=MANY))
     assert remover.fine_tuned_on > 0
@@ -94,7 +95,7 @@ def test_a_loss_that_is_not_finite_puts_the_weights_back(monkeypatch):
         def cross_entropy(logits, y):
             return cross_entropy(logits, y) * next(losses)
 
-    monkeypatch.setattr("demem.callbacks._tuning.F", Functional)
+    monkeypatch.setattr("demem.removal.fine_tuning.F", Functional)
     remover = MemorizationRemover()
     with pytest.warns(UserWarning, match="to nan, so the weights are those before it"):
         module, _ = _fit(remover, loaders=_loaders(val=MANY))
@@ -112,7 +113,7 @@ def test_weights_that_are_not_finite_are_put_back(monkeypatch):
         def cross_entropy(logits, y):  # finite, but its gradient is not
             return cross_entropy(logits, y) + (0 * logits.sum()).sqrt()
 
-    monkeypatch.setattr("demem.callbacks._tuning.F", Functional)
+    monkeypatch.setattr("demem.removal.fine_tuning.F", Functional)
     remover = MemorizationRemover(fine_tune=1)  # one step
     with pytest.warns(UserWarning, match="to nan, so the weights are those before it"):
         module, _ = _fit(remover, loaders=loaders)
@@ -120,11 +121,12 @@ def test_weights_that_are_not_finite_are_put_back(monkeypatch):
     assert remover.fine_tuned_on == 0
 
 
-def test_steps_that_are_too_large_are_taken_back():
+def test_steps_that_are_too_large_are_taken_back(monkeypatch):
     loaders = _loaders(val=MANY)
     plain, _ = _fit(MemorizationRemover(fine_tune=0), loaders=loaders)
+    monkeypatch.setattr("demem.run.cure.FINE_TUNE_LR", 3.0)
     with pytest.warns(UserWarning, match="took their loss from .*, so the weights are those before it"):
-        module, _ = _fit(MemorizationRemover(fine_tune=1, fine_tune_lr=3.0), loaders=loaders)
+        module, _ = _fit(MemorizationRemover(fine_tune=1), loaders=loaders)
     assert torch.equal(_parameters(plain), _parameters(module))
 
 
@@ -160,21 +162,12 @@ def test_iterable_held_out_data_is_not_tuned_on():
     assert remover.fine_tuned_on == 0
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true", "64-true"])
-def test_precisions(precision):
-    remover = MemorizationRemover()
-    module, _ = _fit(remover, loaders=_loaders(val=MANY), precision=precision)
-    assert remover.fine_tuned_on > 0
-    assert bool(_parameters(module).isfinite().all())
-
-
-def test_helps_where_the_features_lack_the_class():
+def test_helps_where_the_features_lack_the_class(monkeypatch):
     # The class is so faint beside the shortcut that training hardly gives features for it: a refit finds none.
     train = _set(600, 0.98, 0)
+    monkeypatch.setattr("demem.run.cure.FINE_TUNE_LR", 1e-3)
     worst = []
     for epochs in (0, 30):
-        module, _ = _fit(
-            MemorizationRemover(fine_tune=epochs, fine_tune_lr=1e-3), epochs=2, loaders=_loaders(train, MANY)
-        )
+        module, _ = _fit(MemorizationRemover(fine_tune=epochs), epochs=2, loaders=_loaders(train, MANY))
         worst.append(_worst(module))
     assert worst[1] > worst[0]

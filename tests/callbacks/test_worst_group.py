@@ -1,13 +1,14 @@
 import warnings
+from datetime import timedelta
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from demem.callbacks import MemorizationRemover
-from demem.callbacks.worst_group import WorstGroupMonitor
+from demem.callbacks import ActivationDiversityMonitor, MemorizationRemover, WorstGroupMonitor
 from demem.data import GroupedDataModule
 from demem.module import Classifier
 
@@ -162,9 +163,20 @@ def test_runs_in_a_lightning_pytorch_trainer():
     assert float(trainer.callback_metrics["val/worst_group_acc"]) == pytest.approx(min(_truth(model)))
 
 
-def test_groups_missing_from_the_batch():
-    with pytest.raises(ValueError, match="needs groups, and the val batches have none"):
-        _trainer(callbacks=[WorstGroupMonitor()]).fit(OwnModule(), _loader(X, Y), _loader(X, Y))
+def test_without_groups_it_reports_classes_and_says_so_once():
+    model, monitor = OwnModule(), WorstGroupMonitor(train=True)
+    trainer = _trainer(callbacks=[monitor])
+    with pytest.warns(UserWarning, match="the val batches have no groups") as caught:
+        trainer.fit(model, _loader(X, Y), _loader(X, Y))
+    assert sum("have no groups" in str(w.message) for w in caught) == 1
+    right = (model(X).argmax(1) == Y).float()
+    assert monitor.history[-2]["stage"] == "val"
+    assert {k: v for k, v in monitor.history[-2].items() if "acc" in k} == pytest.approx(
+        {"avg_acc": float(right.mean()), "worst_class_acc": min(float(right[c == Y].mean()) for c in (0, 1))}
+    )
+    assert {k for k in trainer.callback_metrics if "acc" in k} == {
+        f"{stage}/{name}" for stage in ("train", "val") for name in ("avg_acc", "worst_class_acc")
+    }
 
 
 def test_groups_that_are_no_integers():
@@ -294,7 +306,7 @@ def test_sizes_are_those_of_the_data_set_however_it_is_sampled(sampled):
 
     others, monitor = [MemorizationRemover()] if sampled == "by the remover" else [], WorstGroupMonitor()
     model, sizes = fit([*others, monitor])
-    assert monitor._train_sizes.tolist() == sizes.tolist()
+    assert monitor.train_sizes.tolist() == sizes.tolist()
     if not others:  # the pass leaves the run as it is
         assert torch.equal(fit([])[0].net[0].weight, model.net[0].weight)
 
@@ -304,7 +316,7 @@ def test_outputs_of_the_removers_own_passes_are_not_kept():
         most = 0
 
         def on_train_batch_end(self, *args):
-            self.most = max(self.most, *map(len, monitor._seen.values()))
+            self.most = max(self.most, *map(len, monitor._predictions._seen.values()))
 
     monitor, held = WorstGroupMonitor(train=True), Held()
     trainer = _trainer(callbacks=[MemorizationRemover(), held, monitor])
@@ -347,3 +359,256 @@ def test_two_processes_report_what_one_does(tmp_path, two_processes):
     del results[0]["val/acc"], results[1]["val/acc"]  # the module's own, which is rank 0's
     assert "val/adjusted_avg_acc" in results[0]
     assert results[0] == pytest.approx(results[1])
+
+
+# Resuming and fitting again
+
+
+class Frozen(OwnModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+class Stream(IterableDataset):
+    def __init__(self, tensors, on_rank=None):
+        self.rows, self.on_rank = list(zip(*tensors, strict=True)), on_rank
+
+    def __iter__(self):
+        if self.on_rank is None or torch.distributed.get_rank() == self.on_rank:
+            yield from self.rows
+
+
+class _Save(pl.Callback):
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def _interrupted(tmp_path, loader, step=3, **options):
+    """The monitor of a run that was saved in the middle of its first epoch, and of the one that took it up again."""
+    torch.manual_seed(0)
+    model, whole, rest = Frozen(), WorstGroupMonitor(train=True), WorstGroupMonitor(train=True)
+    trainer = _trainer(callbacks=[whole, _Save(tmp_path / "mid.ckpt", step)], max_epochs=1)
+    trainer.fit(model, loader, _loader(X, Y, G))
+    trainer = _trainer(callbacks=[rest], **{"max_epochs": 1, **options})
+    trainer.fit(model, loader, _loader(X, Y, G), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)
+    return model, whole, rest
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_a_resume_in_the_middle_of_an_epoch(tmp_path):
+    model, whole, rest = _interrupted(tmp_path, _loader(X, Y, G))
+    assert rest.train_sizes.tolist() == whole.train_sizes.tolist() == torch.bincount(G).tolist()
+    # Lightning starts a loader without a state from its front: 3 of 9 batches, and then the first 6.
+    seen = torch.cat([torch.arange(21), torch.arange(42)])
+    right = (model(X).argmax(1) == Y)[seen].float()
+    train = [record for record in rest.history if record["stage"] == "train"]
+    assert [record["avg_acc"] for record in train] == [pytest.approx(float(right.mean()))]
+    for g in range(4):
+        assert train[0][f"group_acc/{g}"] == pytest.approx(float(right[g == G[seen]].mean()))
+    val = [record for record in rest.history if record["stage"] == "val"]
+    assert val[-1] == pytest.approx([record for record in whole.history if record["stage"] == "val"][-1])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_sizes_of_a_stream_are_counted_over_the_next_whole_epoch(tmp_path):
+    loader = DataLoader(Stream((X, Y, G)), batch_size=7)
+    _, _, rest = _interrupted(tmp_path, loader, max_epochs=3)
+    assert rest.train_sizes.tolist() == torch.bincount(G).tolist()
+    known = ["adjusted_avg_acc" in record for record in rest.history if record["stage"] == "val"]
+    assert known[0] is False
+    assert all(known[1:])
+
+
+def test_a_second_fit_counts_its_own_data():
+    monitor = WorstGroupMonitor()
+    for part in (Y == 0, Y == 1):
+        _trainer(callbacks=[monitor], max_epochs=1).fit(
+            OwnModule(), _loader(X[part], Y[part], G[part]), _loader(X, Y, G)
+        )
+        assert monitor.train_sizes.tolist() == torch.bincount(G[part]).tolist()
+
+
+def test_sizes_that_the_data_module_knows_come_before_those_of_a_checkpoint(tmp_path):
+    class Own(pl.LightningDataModule):
+        train_group_counts = (1, 1, 1, 7)
+
+        def train_dataloader(self):
+            return _loader(X, Y, G)
+
+        val_dataloader = train_dataloader
+
+    trainer = _trainer(callbacks=[WorstGroupMonitor()], max_epochs=1)
+    trainer.fit(OwnModule(), _loader(X, Y, G), _loader(X, Y, G))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    model, monitor = OwnModule(), WorstGroupMonitor()
+    trainer = _trainer(callbacks=[monitor], max_epochs=2)
+    trainer.fit(model, datamodule=Own(), ckpt_path=tmp_path / "last.ckpt")
+    truth = torch.tensor(_truth(model))
+    assert monitor.history[-1]["adjusted_avg_acc"] == pytest.approx(
+        float((truth * torch.tensor([1, 1, 1, 7])).sum()) / 10
+    )
+    monitor = WorstGroupMonitor()
+    _trainer(callbacks=[monitor]).validate(model, _loader(X, Y, G), verbose=False)
+    assert "adjusted_avg_acc" not in monitor.history[-1]
+    own = Own()
+    _trainer(callbacks=[monitor]).validate(model, datamodule=own, verbose=False)
+    assert "adjusted_avg_acc" in monitor.history[-1]
+
+
+# What is no group
+
+
+def test_an_index_in_the_place_of_groups_is_refused_before_an_epoch_is_spent():
+    n = 120
+    loader = DataLoader(TensorDataset(X.repeat(2, 1), Y.repeat(2), torch.arange(n)), batch_size=n)
+    model = OwnModule()
+    model.training_step = lambda batch, batch_idx: pytest.fail("training began")
+    with pytest.raises(ValueError, match="an index rather than a group"):
+        _trainer(callbacks=[WorstGroupMonitor()]).fit(model, loader, loader)
+    with pytest.raises(ValueError, match="an index rather than a group"):
+        _trainer(callbacks=[WorstGroupMonitor()]).test(model, loader, verbose=False)
+
+
+def test_training_sizes_are_unknown_where_the_training_batches_hold_an_index():
+    n = 120
+    loader = DataLoader(TensorDataset(X.repeat(2, 1), Y.repeat(2), torch.arange(n)), batch_size=20)
+    monitor = WorstGroupMonitor()
+    _trainer(callbacks=[monitor]).fit(OwnModule(), loader, _loader(X, Y, G))
+    assert monitor.train_sizes.tolist() == []
+    assert "adjusted_avg_acc" not in monitor.history[-1]
+
+
+def test_identifiers_in_the_place_of_groups():
+    ids = _loader(X, Y, 2**61 + G)
+    monitor = WorstGroupMonitor()
+    _trainer(callbacks=[monitor]).fit(OwnModule(), ids, _loader(X, Y, G))  # of training nothing is needed but sizes
+    assert monitor.train_sizes.tolist() == []
+    with pytest.raises(ValueError, match=r"group must lie in 0 … 1048575.*torch\.unique"):
+        _trainer(callbacks=[WorstGroupMonitor()]).fit(OwnModule(), ids, ids)
+
+
+@pytest.mark.parametrize("group", [0, 8])
+def test_a_single_group_is_said_and_not_listed(group):
+    monitor, lengths = WorstGroupMonitor(), torch.full((N,), group)
+    with pytest.warns(UserWarning, match="all of one group"):
+        _trainer(callbacks=[monitor], max_epochs=1).fit(OwnModule(), _loader(X, Y, lengths), _loader(X, Y, lengths))
+    assert monitor.history[-1]["worst_group_acc"] == monitor.history[-1]["avg_acc"]
+    assert monitor.train_sizes.tolist() == [0] * group + [N]
+    assert not any(name.startswith("group_acc") for name in monitor.history[-1])
+
+
+@pytest.mark.parametrize(
+    ("third", "refused"),
+    [
+        ({"group": "a"}, True),
+        ({"metadata": torch.zeros(3, 2)}, True),
+        ({"metadata": "a.png"}, False),
+        ({}, False),
+        ((torch.zeros(3, 2).int(),), True),
+        (({"path": "a.png"},), False),
+        ((None,), False),
+    ],
+)
+def test_what_is_in_the_place_of_groups(third, refused):
+    batch = (X[:3], Y[:3], *third) if isinstance(third, tuple) else {"x": X[:3], "y": Y[:3], **third}
+
+    class Step(OwnModule):
+        def validation_step(self, batch, batch_idx):
+            self(X[:3])
+
+        test_step = validation_step
+
+    loader = DataLoader([batch], batch_size=None)
+    monitor = WorstGroupMonitor()
+    if refused:
+        with pytest.raises(ValueError, match="needs groups that are integers"):
+            _trainer(callbacks=[monitor]).test(Step(), loader, verbose=False)
+    else:
+        _trainer(callbacks=[monitor]).test(Step(), loader, verbose=False)
+        assert set(monitor.history[-1]) == {"stage", "epoch", "avg_acc", "worst_class_acc"}
+
+
+def test_a_module_that_unpacks_its_batches_may_have_no_groups():
+    class Own(OwnModule):
+        def unpack_batch(self, batch):
+            return batch[0], batch[1], None
+
+    monitor = WorstGroupMonitor()
+    _trainer(callbacks=[monitor]).test(Own(), _loader(X, Y, torch.rand(N)), verbose=False)
+    assert "worst_class_acc" in monitor.history[-1]
+    with pytest.raises(ValueError, match="unpack_batch"):
+        _trainer(callbacks=[monitor]).test(OwnModule(), _loader(X, Y, torch.rand(N)), verbose=False)
+
+
+def test_a_step_that_fails_leaves_no_hooks():
+    class Fails(OwnModule):
+        def validation_step(self, batch, batch_idx):
+            raise KeyError("x")
+
+        test_step = validation_step
+
+    model = Fails()
+    with pytest.raises(KeyError):
+        _trainer(callbacks=[WorstGroupMonitor()]).test(model, _loader(X, Y, G), verbose=False)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# Processes that do not see the same
+
+
+class _Uneven(Frozen):
+    """Rank 0 validates on everything, rank 1 on nothing."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def train_dataloader(self):
+        mine = torch.arange(N) % 2 == self.trainer.global_rank
+        return _loader(X[mine], Y[mine], G[mine])
+
+    def val_dataloader(self):
+        if self.kind == "a stream":
+            return DataLoader(Stream((X, Y, G), on_rank=0), batch_size=7)
+        size = N if self.trainer.global_rank == 0 else 0
+        return _loader(X[:size], Y[:size], G[:size])
+
+
+class _WriteHistory(pl.Callback):
+    def __init__(self, path, *monitors):
+        self.path, self.monitors = path, monitors
+
+    def on_fit_end(self, trainer, pl_module):
+        torch.save([monitor.history for monitor in self.monitors], f"{self.path}.{trainer.global_rank}")
+
+
+@pytest.mark.parametrize("kind", ["a stream", "an empty loader"])
+def test_a_process_without_validation_batches(tmp_path, two_processes, kind):
+    monitor, diversity = WorstGroupMonitor(train=True), ActivationDiversityMonitor(mi=None)
+    model = _Uneven(kind)
+    start_method = two_processes["strategy"].removeprefix("ddp_")
+    strategy = DDPStrategy(start_method=start_method, process_group_backend="gloo", timeout=timedelta(seconds=60))
+    options = two_processes | {"strategy": strategy, "use_distributed_sampler": False, "max_epochs": 2}
+    write = _WriteHistory(tmp_path / "h", monitor, diversity)
+    _trainer(callbacks=[monitor, diversity, write], **options).fit(model)
+    truth = _truth(model)
+    (accuracy, measured), (other, _) = (torch.load(tmp_path / f"h.{rank}") for rank in range(2))
+    val = [record for record in accuracy if record["stage"] == "val"]
+    assert [record["epoch"] for record in val] == [0, 1]
+    for record in val:
+        assert [record[f"group_acc/{g}"] for g in range(4)] == pytest.approx(truth)
+    sizes = torch.bincount(G)  # of both processes, known after the first epoch
+    assert val[1]["adjusted_avg_acc"] == pytest.approx(float((torch.tensor(truth) * sizes).sum() / N))
+    train = [record for record in accuracy if record["stage"] == "train"]
+    assert [record["worst_group_acc"] for record in train] == pytest.approx([min(truth)] * 2)
+    if kind == "a stream":
+        assert other == accuracy
+        assert [row["num_examples"] for row in measured] == [N, N]
+    else:  # Lightning runs no validation hooks there
+        assert other == train
+        assert measured == []

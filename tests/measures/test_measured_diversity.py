@@ -17,9 +17,11 @@ from demem.measures import (
     mean_mi,
     measure_diversity,
     mixture_density,
+    plot_diversity,
+    plot_history,
+    plot_mutual_information,
     summarize,
 )
-from demem.measures.plots import plot_diversity, plot_history, plot_mutual_information
 
 pytestmark = pytest.mark.filterwarnings("ignore::demem.measures.TiesWarning")
 

@@ -5,12 +5,16 @@ from hypothesis import strategies as st
 from torchmetrics import MetricCollection
 
 from demem.metrics import (
+    AccuracyReport,
     AdjustedAverageAccuracy,
     AverageAccuracy,
     GroupAccuracy,
+    GroupSizes,
     WorstGroupAccuracy,
     group_accuracy_update,
+    worst_group_accuracy,
 )
+from demem.metrics.functional import MAX_GROUPS
 
 
 def _reference(preds, target, group, num_groups):
@@ -36,7 +40,17 @@ def test_agrees_with_a_loop_whatever_the_batches(rows):
         assert torch.isnan(got[g]) if accuracy is None else float(got[g]) == pytest.approx(accuracy)
     present = [a for a in expected if a is not None]
     assert float(worst.compute()) == pytest.approx(min(present))
+    assert torch.equal(worst_group_accuracy(preds, target, group), worst.compute())
     assert float(average.compute()) == pytest.approx(float((preds == target).float().mean()))
+
+
+def test_worst_group_of_one_set_of_examples():
+    logits = torch.tensor([[2.0, 0], [0, 2], [0, 2], [2, 0]])
+    target, group = torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 2, 2])  # no example of group 1
+    assert float(worst_group_accuracy(logits, target, group)) == 0.5
+    assert float(worst_group_accuracy(logits.argmax(1), target, target)) == pytest.approx(2 / 3)  # the worst class
+    none = torch.empty(0, dtype=torch.long)
+    assert torch.isnan(worst_group_accuracy(none, none, none))
 
 
 def test_logits_of_several_classes():
@@ -69,6 +83,11 @@ def test_shares_counts_in_a_collection():
         (torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([0, 2]), "group must lie"),
         (torch.full((2, 3), torch.nan), torch.tensor([0, 1]), torch.tensor([0, 1]), "NaN"),
         (torch.zeros(3), torch.tensor([0, 1]), torch.tensor([0, 1]), "preds must be"),
+        (torch.tensor([0.9, 0.2]), torch.tensor([0, 1]), torch.tensor([0, 1]), "preds must be class .* fractional"),
+        (torch.tensor([[2.0], [-3.0]]), torch.tensor([0, 1]), torch.tensor([0, 1]), "preds must be class .* negative"),
+        (torch.tensor([torch.nan, 1]), torch.tensor([0, 1]), torch.tensor([0, 1]), "NaN"),
+        (torch.zeros(2), torch.tensor([0.5, 1]), torch.tensor([0, 1]), "target must be class indices .* fractional"),
+        (torch.zeros(2), torch.tensor([0, 1]), torch.tensor([0.5, 1]), "group must be indices .* fractional"),
         (torch.zeros(2), torch.tensor([0, 1]), torch.tensor([0]), "same shape"),
     ],
 )
@@ -88,3 +107,74 @@ def _one_of_two(rank):
 
 def test_two_processes_give_the_answer_of_one(in_two_processes):
     assert in_two_processes(_one_of_two) == [pytest.approx(0.1)] * 2
+
+
+def _one_example(group, right=True):
+    return torch.tensor([int(right)]), torch.ones(1, dtype=torch.long), torch.tensor([group])
+
+
+def test_counts_that_grow_with_the_groups_that_come():
+    metric, fixed = GroupAccuracy(), GroupAccuracy(4)
+    for group, right in ((1, True), (3, False), (0, True), (1, False)):
+        for m in (metric, fixed):
+            m.update(*_one_example(group, right))
+    assert torch.equal(metric.compute().nan_to_num(-1), torch.tensor([1, 0.5, -1, 0]))
+    assert torch.equal(metric.compute().nan_to_num(-1), fixed.compute().nan_to_num(-1))
+    metric.reset()
+    assert metric.total.shape == (0,)
+
+
+def test_forward_gives_the_batch_and_keeps_the_whole_where_counts_grow():
+    metric = GroupSizes()
+    assert metric(*_one_example(1)).tolist() == [0, 1]
+    assert metric(*_one_example(2)).tolist() == [0, 0, 1]
+    assert metric(*_one_example(1)).tolist() == [0, 1]
+    assert metric.compute().tolist() == [0, 2, 1]
+
+
+def test_identifiers_are_not_counted_as_groups():
+    with pytest.raises(ValueError, match=r"group must lie in 0 … 1048575, got 0 … 4000000000.*torch\.unique"):
+        GroupAccuracy().update(torch.ones(2).long(), torch.ones(2).long(), torch.tensor([0, 4_000_000_000]))
+    metric = GroupSizes()
+    metric.update(*_one_example(MAX_GROUPS - 1))
+    assert len(metric.compute()) == MAX_GROUPS
+    with pytest.raises(ValueError, match="group must lie"):
+        metric.update(*_one_example(MAX_GROUPS))
+
+
+def test_weights_that_come_later_and_other_groups_than_theirs():
+    metric = AdjustedAverageAccuracy()
+    metric.update(torch.tensor([1, 1, 0, 1]), torch.ones(4, dtype=torch.long), torch.tensor([0, 0, 1, 1]))
+    assert torch.isnan(metric.compute())
+    for weights in ([90, 10], [90, 10, 5]):  # a group of the training set may be missing here
+        metric.weights = torch.tensor(weights)
+        assert float(metric.compute()) == pytest.approx((90 * 1.0 + 10 * 0.5) / 100)
+    metric.weights = torch.tensor([0, 3])
+    assert float(metric.compute()) == 0.5
+    metric.weights = torch.tensor([0, 0, 7])
+    assert torch.isnan(metric.compute())
+
+
+@pytest.mark.parametrize("preds", [[0.0, 1, 1], [False, True, True], [[0], [1], [1]], [[0.0], [1], [1]]])
+def test_forms_of_predicted_classes(preds):
+    metric = AverageAccuracy(1)
+    metric.update(torch.tensor(preds), torch.tensor([0.0, 1, 0]), torch.zeros(3))
+    assert float(metric.compute()) == pytest.approx(2 / 3)
+
+
+def _processes_that_see_different_groups(rank):
+    sizes, accuracy, nothing = GroupSizes(), GroupAccuracy(), GroupSizes()
+    for metric in (sizes, accuracy):
+        metric.update(*_one_example(2 * rank, right=rank == 1))
+    report = AccuracyReport()
+    if rank == 1:
+        report.update(torch.tensor([1, 0, 1]), torch.tensor([1, 1, 0]), torch.tensor([0, 0, 2]))
+    values = {name: float(value) for name, value in report.compute().items()}
+    return sizes.compute().tolist(), accuracy.compute().nan_to_num(-1).tolist(), nothing.compute().tolist(), values
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_two_processes_that_see_different_groups(in_two_processes):
+    values = {"worst_group_acc": 0.0, "avg_acc": 1 / 3, "worst_class_acc": 0.0, "group_acc/0": 0.5, "group_acc/2": 0.0}
+    for result in in_two_processes(_processes_that_see_different_groups):
+        assert result == ([1, 0, 1], [0.0, -1.0, 1.0], [], pytest.approx(values))

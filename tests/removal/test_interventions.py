@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from demem.removal.interventions import apply, intervene, intervene_weights
+from demem.removal import apply, intervene, intervene_weights
 from demem.sites import ActivationReader, find_sites
 from demem.tracing import prunable_weights, top_weights, unit_of_weight
 

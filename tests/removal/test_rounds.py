@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from demem.groups import largest_groups
 from demem.linear import LinearHead
-from demem.removal import Examples, choose_round, clearly_better, largest_groups, remove_in_rounds, worst_group
+from demem.removal import Examples, choose_round, clearly_better, remove_in_rounds, worst_group
 
 
 def _examples(n, share, seed, width=40):
@@ -163,3 +164,18 @@ def test_bad_input_is_refused():
     broken = train._replace(features=train.features * torch.nan)
     with pytest.raises(ValueError, match="NaN"):
         remove_in_rounds(broken, train, _head(broken), num_classes=2)
+
+
+def test_the_head_is_refitted_on_held_out_examples_alone():
+    train, group = _examples(400, 0.9, 0)
+    other, _ = _examples(400, 0.9, 5)
+    held_out, held_group = _examples(200, 0.5, 1)
+    held_out = held_out._replace(group=held_group)
+    heads = [
+        remove_in_rounds(examples, held_out, _head(train), num_classes=2, shares=())[1].head
+        for examples in (train._replace(group=group), other)
+    ]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    flipped = held_out._replace(y=1 - held_out.y)
+    head = remove_in_rounds(train, flipped, _head(train), num_classes=2, shares=())[1].head
+    assert not torch.equal(heads[0].weight, head.weight)

@@ -12,12 +12,12 @@ from demem.sites import (
     Gates,
     bake_gates,
     check_finite,
+    deciding_heads,
     default_sites,
     find_head,
     find_sites,
     remove_gates,
 )
-from demem.sites.read import deciding_heads
 
 
 class Residual(nn.Module):
@@ -371,10 +371,14 @@ def test_gates_on_both_sides_go_one_by_one():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.BatchNorm1d(4, affine=False), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))]
+    ("layer", "reason"),
+    [
+        (nn.BatchNorm1d(4, affine=False), "has no weight of its own"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), "is computed from others"),
+    ],
 )
-def test_layers_without_a_weight_of_their_own_are_not_gated(layer):
-    with pytest.raises(ValueError, match="has no weight of its own"):
+def test_layers_without_a_weight_of_their_own_are_not_gated(layer, reason):
+    with pytest.raises(ValueError, match=reason):
         Gates(find_sites(nn.Sequential(layer), "0"))
 
 
@@ -420,6 +424,31 @@ def test_two_processes_share_gates(in_two_processes):
         assert bool((gradient[[0, 2, 7]] == 0).all())
         assert not bool((gradient[[1, 3]] == 0).all())
         assert seen == (4, 8)
+
+
+@pytest.mark.parametrize("pattern", ["block", "block:input", "fc", "fc:input"])
+def test_a_hook_reads_and_replaces_the_tensor_of_its_side(pattern):
+    model, x, seen = Tuple(), torch.randn(4, 6), []
+    (site,) = find_sites(model, pattern)
+    expected = model(x)
+    handle = site.hook(seen.append)  # returns None: nothing changes
+    assert torch.equal(model(x), expected)
+    handle.remove()
+    z = {"block": model.block(x)[0], "block:input": x, "fc": expected, "fc:input": model.block(x)[0]}[pattern]
+    assert torch.equal(seen[0], z)
+    handle = site.hook(torch.neg)
+    first = site.hook(lambda a: a + 1, prepend=True)
+    changed = {
+        "block": lambda: model.fc(-(z + 1)),
+        "block:input": lambda: model.fc(model.block(-(x + 1))[0]),
+        "fc": lambda: -(z + 1),
+        "fc:input": lambda: model.fc(-(z + 1)),
+    }
+    result = model(x)
+    handle.remove()
+    first.remove()
+    assert torch.equal(result, changed[pattern]())
+    assert torch.equal(model(x), expected)
 
 
 def test_deciding_heads():

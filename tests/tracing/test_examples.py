@@ -27,13 +27,14 @@ from demem.tracing import (
     margins,
     matched_units,
     memorization_score,
+    picture_grid,
     random_units,
     rank_examples,
     select_rows,
     top_units,
     trace,
+    write_examples,
 )
-from demem.tracing.report import picture_grid, write_examples
 
 
 def test_margins_and_tails():

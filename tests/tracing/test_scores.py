@@ -14,6 +14,7 @@ from demem.batch import Batch
 from demem.sites import find_sites
 from demem.tracing import (
     SCORES,
+    Ranks,
     ablation_impact,
     activation_difference_score,
     critical_units,
@@ -37,7 +38,6 @@ from demem.tracing import (
     unit_of_weight,
     units_to_masks,
 )
-from demem.tracing.capture import Ranks
 from demem.tracing.restart import Restart
 from demem.tracing.winograd import Conv3x3
 
@@ -453,7 +453,7 @@ def test_magnitude_and_unit_of_weight():
                 module.weight[owner == unit] = 0
                 torch.testing.assert_close(module(x), expected)
                 module.weight.copy_(saved)
-    with pytest.raises(ValueError, match="no weights of its own"):
+    with pytest.raises(ValueError, match="no weight of its own"):
         unit_norms(find_sites(nn.Sequential(nn.Sequential(nn.Linear(2, 2))), "0")[0], torch.ones(2))
 
 

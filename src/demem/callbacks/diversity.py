@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from demem.callbacks._passes import gather_rows
-from demem.measures import Binning, Diversity, mean_mi, measure_diversity
-from demem.measures.reservoir import reservoir_compact, reservoir_keys
+from demem.measures import Binning, Diversity, Reservoir, mean_mi, measure_diversity
+from demem.run import first_loader, gather_rows, validating_ranks
 from demem.sites import ActivationReader, Reduce, Site, default_sites, find_sites
 
 
@@ -22,7 +22,7 @@ class ActivationDiversityMonitor(pl.Callback):
     information with example-level memorization (Bansal et al. 2022).  Compare epochs and runs, not single values.
 
     The activations are read during the validation loop that runs anyway (its first loader): no extra forward pass.
-    Logged in nats before ``ModelCheckpoint`` and ``EarlyStopping`` look for their ``monitor``:
+    Logged in nats, before ``ModelCheckpoint`` and ``EarlyStopping`` read what they monitor:
 
     - ``diversity/entropy/{site}``, ``diversity/mi/{site}``: means over one site;
     - ``diversity/entropy``, ``diversity/mi``: means over the whole network (mutual information also between sites,
@@ -89,10 +89,10 @@ class ActivationDiversityMonitor(pl.Callback):
         self.history: list[dict[str, float | int]] = []
         self.latest: Diversity | None = None
         self._reader: ActivationReader | None = None
+        self._reservoir = Reservoir(max_examples, seed)
         self._seen = 0
-        self._positions = torch.empty(0, dtype=torch.long)
-        self._rows: Tensor | None = None
         self._widths: dict[str, int] = {}
+        self._all_validate = True
 
     @property
     def state_key(self) -> str:
@@ -106,9 +106,21 @@ class ActivationDiversityMonitor(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [dict(row) for row in state_dict["history"]]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._all_validate = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ranks = validating_ranks(trainer)
+        self._all_validate = len(ranks) in (0, trainer.world_size)
+        if not self._all_validate:
+            rank_zero_warn(
+                f"ActivationDiversityMonitor measures nothing in this fit: of {trainer.world_size} processes only "
+                f"{ranks} have validation batches. Give each of them some."
+            )
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not self._all_validate:
             return
         passed = trainer.current_epoch - int(self.history[-1]["epoch"]) if self.history else 0
         if trainer.state.fn == "fit" and 0 < passed < self.every_n_epochs:  # each validation of a measured epoch counts
@@ -147,22 +159,16 @@ class ActivationDiversityMonitor(pl.Callback):
         positions = local * trainer.world_size + trainer.global_rank
         real = positions < _dataset_size(trainer)
         rows = torch.cat([rows.float() for rows in sites.values()], 1)[real.to(pl_module.device)]
-        positions = positions[real]
-        if self._rows is not None:
-            positions, rows = torch.cat([self._positions, positions]), torch.cat([self._rows, rows])
-        self._positions, self._rows = self._sample(positions, rows)
+        self._reservoir.add(positions[real], rows)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._reader is None or self._rows is None:
+        if self._reader is None:
             return
-        positions, rows = self._positions, self._rows
-        if trainer.world_size > 1:
-            order = positions.to(rows.device)
-            rows = gather_rows(trainer, order, rows)
-            positions, rows = self._sample(gather_rows(trainer, order, order).cpu(), rows)
-        parts = torch.split(rows.cpu(), list(self._widths.values()), 1)
-        sites = dict(zip(self._widths, parts, strict=True))
+        widths, rows = self._gathered(trainer, pl_module.device)
         self._close()
+        if not len(rows):
+            return
+        sites = dict(zip(widths, torch.split(rows.cpu(), list(widths.values()), 1), strict=True))
         self.latest = measure_diversity(
             sites,
             self.bins,
@@ -186,13 +192,21 @@ class ActivationDiversityMonitor(pl.Callback):
     def _sites(self, pl_module: pl.LightningModule) -> list[Site]:
         return default_sites(pl_module) if self.layers is None else find_sites(pl_module, self.layers)
 
-    def _sample(self, positions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        keys = reservoir_keys(positions, self.seed)
-        if len(keys) <= self.max_examples:
-            return positions, rows
-        _, kept = reservoir_compact(keys, torch.arange(len(keys)), self.max_examples)
-        kept = kept.sort().values
-        return positions[kept], rows[kept.to(rows.device)]
+    def _gathered(self, trainer: pl.Trainer, device: torch.device) -> tuple[dict[str, int], Tensor]:
+        """Units of each site, and the sample ``(S, N)`` of all processes, of which some may have no examples."""
+        if trainer.world_size == 1:
+            return self._widths, self._reservoir.sample()[1] if self._widths else torch.empty(0)
+        found: list[dict[str, int]] = [{}] * trainer.world_size
+        torch.distributed.all_gather_object(found, self._widths)
+        widths = next((w for w in found if w), {})
+        if self._widths:
+            positions, rows = self._reservoir.sample()
+        else:
+            positions, rows = torch.empty(0), torch.empty(0, sum(widths.values()), dtype=torch.float, device=device)
+        positions = positions.to(device, torch.long)
+        together = Reservoir(self.max_examples, self.seed)
+        together.add(gather_rows(trainer, positions, positions).cpu(), gather_rows(trainer, positions, rows))
+        return widths, together.sample()[1]
 
     def _values(self, diversity: Diversity) -> dict[str, float]:
         values = {f"diversity/entropy/{site}": float(h.mean()) for site, h in diversity.entropy.items()}
@@ -207,14 +221,12 @@ class ActivationDiversityMonitor(pl.Callback):
     def _close(self) -> None:
         if self._reader is not None:
             self._reader.__exit__()
-        self._reader, self._rows, self._seen = None, None, 0
+        self._reader, self._reservoir = None, Reservoir(self.max_examples, self.seed)
+        self._seen, self._widths = 0, {}
 
 
 def _dataset_size(trainer: pl.Trainer) -> float:
-    loaders = trainer.val_dataloaders
-    loader = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders
-    loader = loader[0] if isinstance(loader, list | tuple) else loader
     try:
-        return len(loader.dataset)  # type: ignore[union-attr]
+        return len(first_loader(trainer.val_dataloaders).dataset)
     except (AttributeError, TypeError):
         return float("inf")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,20 +10,41 @@ import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from demem.batch import Batch, apply_model
-from demem.callbacks._passes import examples, gather_rows, held_out_loader, network, train_loader, undisturbed
-from demem.sites import ActivationReader, Site, check_finite, default_sites, find_head, find_sites, named_layers
-from demem.sites.read import deciding_heads
-from demem.tracing.atypical import choose_atypical
-from demem.tracing.capture import Ranks, select_rows
-from demem.tracing.linear import linear_impact, linear_score
-from demem.tracing.ranking import RankedExamples, contrast, rank_examples
-from demem.tracing.report import UnitReport, picture_grid, trace, write_examples
-from demem.tracing.scores import SCORES
+from demem.run import (
+    Rows,
+    RunData,
+    UnevenRows,
+    held_out_loader,
+    isolated_rng,
+    ranks_of,
+    train_loader,
+    undisturbed,
+)
+from demem.sites import (
+    ActivationReader,
+    Site,
+    deciding_heads,
+    default_sites,
+    find_head,
+    find_sites,
+    named_layers,
+)
+from demem.tracing import (
+    SCORES,
+    RankedExamples,
+    UnitReport,
+    choose_atypical,
+    contrast,
+    linear_impact,
+    linear_score,
+    picture_grid,
+    rank_examples,
+    trace,
+    write_examples,
+)
 
 
 class MemorizationTracer(Callback):
@@ -31,7 +52,7 @@ class MemorizationTracer(Callback):
 
     Held-out examples are those of the first validation loader.  The report is a folder with
 
-    * ``units.csv`` (or ``.parquet``): a row for each unit with its site, number and every score, best first, and mean
+    * ``units.csv`` (or ``.parquet``): one row per unit with its site, number and every score, best first, and mean
       impacts on either kind of examples (positive: the unit helps them; :class:`~demem.tracing.UnitReport`);
     * ``units.png``: the unit map, impact on typical against impact on atypical examples, by the first score that has
       impacts (``taylor``: :mod:`demem.tracing.taylor`; ``two_step`` has none);
@@ -50,7 +71,7 @@ class MemorizationTracer(Callback):
         every_n_epochs: also trace every so many epochs; ``None`` only at the end of the fit.
         max_examples: traced at most, half of them atypical; ``None`` for all held-out examples.
         memorised: how many training examples to list; 0 skips the pass over the training set.
-        head: qualified name of the classification head, should it not be found.
+        head: qualified name of the classification head, if it cannot be found automatically.
         dirpath: where to write; ``memorization`` in the logger's folder (or ``default_root_dir``) if ``None``.
         table: file format of the unit table.
 
@@ -123,8 +144,8 @@ class MemorizationTracer(Callback):
         self._traced_step = int(state_dict["traced_step"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._sites(pl_module, self.head)  # errors now rather than after training
-        self._network(pl_module)
+        _sites(pl_module, self.layers, self.head)  # errors now rather than after training
+        RunData(trainer, pl_module, self.head)
         if trainer.limit_val_batches == 0 or not trainer.enable_validation:
             held_out_loader(trainer)
 
@@ -137,164 +158,96 @@ class MemorizationTracer(Callback):
         if self._traced_step != trainer.global_step:
             self._trace(trainer, pl_module, max(0, trainer.current_epoch - 1))  # it counts finished epochs by now
 
-    def _sites(self, pl_module: pl.LightningModule, head: str | None) -> list[Site]:
-        find_head(pl_module, head)
-        return default_sites(pl_module, head) if self.layers is None else find_sites(pl_module, self.layers)
-
-    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
-        return network(pl_module, find_head(pl_module, self.head)[1])
-
-    def _deciding_heads(self, pl_module: pl.LightningModule, x: Any) -> list[str]:
-        """By their names in the whole module, also where only a part of it is called."""
-        model = self._network(pl_module)
-        layers = named_layers(model)
-        found = [layers[name] for name in deciding_heads(model, x)]
-        return [name for name, layer in named_layers(pl_module).items() if any(layer is head for head in found)]
-
     def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        loader = held_out_loader(trainer)
+        data = RunData(trainer, pl_module, self.head)
         with undisturbed(trainer, pl_module):
-            model = self._network(pl_module)
-            batches, mask = self._select(trainer, pl_module, loader)
-            heads = trainer.strategy.broadcast(self._deciding_heads(pl_module, batches[0].x))
-            head, _ = find_head(pl_module, self.head)
+            batches, mask = self._select(data)
+            heads = trainer.strategy.broadcast(_deciding_heads(data, batches[0].x))
+            head = data.head_name
             if self.head is None and heads and head not in heads:  # the last layer in the code serves another purpose
                 head = heads[-1]
-            sites = self._sites(pl_module, head)
+            sites = _sites(pl_module, self.layers, head)
             if self.layers is None:
                 with ActivationReader(sites, optional=True) as reader:
-                    apply_model(model, batches[0].x)
+                    apply_model(data.model, batches[0].x)
                     ran = reader.pop()
                 sites = [site for site in sites if site.name in ran]
-            self.report = trace(model, sites, batches, mask, scores=self.scores, ranks=_ranks(trainer))
+            self.report = trace(data.model, sites, batches, mask, scores=self.scores, ranks=ranks_of(trainer))
             self.memorised_examples = None
             if self.memorised and head in heads:
-                self.memorised_examples = self._rank_training_set(trainer, pl_module, loader, head)
+                self.memorised_examples = self._rank_training_set(RunData(trainer, pl_module, head))
             elif self.memorised:
                 rank_zero_warn(f"{head!r} does not give the logits by itself, so training examples are not ranked.")
         self._traced_step = trainer.global_step
-        size = sum(len(v) for v in self.report.columns[self.scores[0]].values())
-        top = self.report.top(self.scores[0], min(self.top_k, size))
-        values = self.report.columns[self.scores[0]]
-        rows = [[site, int(u), float(values[site][u])] for site, units in top.items() for u in units]
-        self.history.append({"epoch": epoch, "score": self.scores[0], "top": sorted(rows, key=lambda r: -r[2])})
+        self.history.append({"epoch": epoch, "score": self.scores[0], "top": self._top(self.report)})
         root = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "memorization"  # asks all processes
         if trainer.is_global_zero:
-            with isolate_rng():  # the pictures go through the data set's random transforms
+            with isolated_rng():  # the pictures go through the data set's random transforms
                 self._write(trainer, Path(root), epoch)
 
-    def _select(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]
-    ) -> tuple[list[Batch], Tensor]:
-        """This process's share of the traced examples, and which of them are atypical."""
-        model = self._network(pl_module)
-        logits, labels, groups, positions = [], [], [], []
-        for index, batch in examples(trainer, pl_module, loader, "Choosing atypical examples"):
-            logits.append(apply_model(model, batch.x).float())
-            labels.append(batch.y)
-            groups.append(batch.group)
-            positions.append(index)
-        if not logits:
-            raise ValueError("There are no held-out examples to trace.")
-        here = torch.cat(positions)
-        everywhere = gather_rows(trainer, here, here.to(labels[0].device))
-        all_logits = gather_rows(trainer, here, torch.cat(logits))
-        y = gather_rows(trainer, here, torch.cat(labels))
-        known = [g for g in groups if g is not None]
-        group = gather_rows(trainer, here, torch.cat(known)) if len(known) == len(groups) else None
-        counts = getattr(getattr(trainer, "datamodule", None), "train_group_counts", None)
-        atypical = choose_atypical(
+    def _top(self, report: UnitReport) -> list[list[Any]]:
+        """``[site, unit, score]`` of the top units by the first score, the highest first."""
+        values = report.columns[self.scores[0]]
+        top = report.top(self.scores[0], min(self.top_k, sum(len(v) for v in values.values())))
+        rows = [[site, int(u), float(values[site][u])] for site, units in top.items() for u in units]
+        return sorted(rows, key=lambda row: -row[2])
+
+    def _atypical(self, data: RunData, rows: Rows) -> Tensor:
+        counts = getattr(getattr(data.trainer, "datamodule", None), "train_group_counts", None)
+        if rows.logits is None:
+            raise ValueError("The logits have not been read.")
+        return choose_atypical(
             self.atypical,
-            all_logits,
-            y,
-            group,
+            rows.logits,
+            rows.y,
+            rows.group,
             share=self.share,
             group_counts=None if counts is None else torch.as_tensor(counts),
         )
+
+    def _select(self, data: RunData) -> tuple[list[Batch], Tensor]:
+        """This process's share of the traced examples, and which of them are atypical."""
+        rows = data.held_out.read(description="Choosing atypical examples", logits=True)
+        atypical = self._atypical(data, rows)
         wanted = _spread(atypical, self.max_examples)
-        chosen = {int(p): bool(a) for p, a, w in zip(everywhere, atypical, wanted, strict=True) if w}
-        batches, flags = [], []
-        for index, batch in examples(trainer, pl_module, loader, "Reading the traced examples"):
-            keep = torch.tensor([int(i) in chosen for i in index])
-            if bool(keep.any()):
-                batches.append(select_rows(batch, keep))
-                flags += [chosen[int(i)] for i in index[keep]]
-        mask = torch.tensor(flags, dtype=torch.bool)
-        ready = torch.tensor([float(bool(mask.any()))], device=pl_module.device)
-        if float(_ranks(trainer).total(ready)) < trainer.world_size:
+        position, atypical = rows.position[wanted].cpu(), atypical[wanted].cpu()
+        parts = list(data.held_out.examples("Reading the traced examples", only=position))
+        mask = torch.cat([atypical[torch.searchsorted(position, here)] for here, _ in parts] or [atypical[:0]])
+        ready = torch.tensor([float(bool(mask.any()))], device=data.pl_module.device)
+        if float(ranks_of(data.trainer).total(ready)) < data.trainer.world_size:
             raise ValueError(
                 "A process has no atypical example to trace: use more held-out examples or a larger share."
             )
-        return batches, mask
+        return [batch for _, batch in parts], mask
 
-    def _rank_training_set(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, held_out: DataLoader[Any], name: str
-    ) -> RankedExamples | None:
+    def _rank_training_set(self, data: RunData) -> RankedExamples | None:
         """Units of the head's input that hurt the atypical held-out examples, against the others, on training data."""
-        _, head = find_head(pl_module, name)
-        site = find_sites(pl_module, f"{name}:input")[0]
-        position, z, logits, y, group = self._head_pass(trainer, pl_module, site, held_out)
-        if z is None:
-            rank_zero_warn(f"{name!r} reads more than one row for an example, so training examples are not ranked.")
+        site = data.head_input
+        try:
+            rows = data.held_out.read([site], "Reading the head's input", reduce="auto", logits=True)
+        except UnevenRows:
+            rank_zero_warn(
+                f"{data.head_name!r} reads more than one row per example, so training examples are not ranked."
+            )
             return None
-        counts = getattr(getattr(trainer, "datamodule", None), "train_group_counts", None)
-        atypical = choose_atypical(
-            self.atypical,
-            logits,
-            y,
-            group,
-            share=self.share,
-            group_counts=None if counts is None else torch.as_tensor(counts),
-        )
-        weight = head.weight.detach().float()
-        memorising = linear_score(z, weight, y, atypical, logits=logits) > 0
+        z, weight = rows.activations[site.name], data.head.weight.detach().float()
+        memorising = linear_score(z, weight, rows.y, self._atypical(data, rows), logits=rows.logits) > 0
         if not bool(memorising.any()) or bool(memorising.all()):
             return None
         centre = z.mean(0)
-        model = self._network(pl_module)
-        positions, kept, masked, labels = [], [], [], []
-        unread: Exception | None = None
-        with ActivationReader([site]) as reader:
-            try:
-                for index, batch in examples(trainer, pl_module, train_loader(trainer), "Ranking training examples"):
-                    out = apply_model(model, batch.x).float()
-                    impact = linear_impact(reader.pop()[site.name].float(), weight, batch.y, logits=out, centre=centre)
-                    positions.append(index)
-                    kept.append(impact[:, ~memorising].sum(1))
-                    masked.append(impact[:, memorising].sum(1))
-                    labels.append(batch.y)
-            except (TypeError, ValueError) as error:
-                unread = error
-        if not trainer.strategy.reduce_boolean_decision(unread is None):  # all processes go the same way
-            rank_zero_warn(f"The training batches cannot be read, so training examples are not ranked. {unread or ''}")
-            return None
-        here = torch.cat(positions)
-        sums = [gather_rows(trainer, here, torch.cat(v)) for v in (kept, masked)]
-        position = gather_rows(trainer, here, here.to(labels[0].device))
-        y = gather_rows(trainer, here, torch.cat(labels))
-        return rank_examples(contrast(*sums).cpu(), y.cpu(), self.memorised, position.cpu())
 
-    def _head_pass(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, site: Site, loader: DataLoader[Any]
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-        rows: dict[str, list[Tensor]] = {"position": [], "z": [], "logits": [], "y": []}
-        groups = []
-        model = self._network(pl_module)
-        with ActivationReader([site]) as reader:
-            for index, batch in examples(trainer, pl_module, loader, "Reading the head's input"):
-                rows["logits"].append(apply_model(model, batch.x).float())
-                rows["z"].append(check_finite(reader.pop()[site.name].float(), f"site {site.name!r}"))
-                rows["y"].append(batch.y)
-                rows["position"].append(index)
-                groups.append(batch.group)
-        whole = {name: torch.cat(parts) for name, parts in rows.items()}
-        here = whole["position"]
-        if len(whole["z"]) != len(here):
-            return here, None, whole["logits"], whole["y"], None
-        known = [g for g in groups if g is not None]
-        group = gather_rows(trainer, here, torch.cat(known)) if len(known) == len(groups) else None
-        z, logits, y = (gather_rows(trainer, here, whole[n]) for n in ("z", "logits", "y"))
-        return here, z, logits, y, group
+        def contributions(batch: Batch, logits: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            impact = linear_impact(seen[site.name].float(), weight, batch.y, logits=logits.float(), centre=centre)
+            kept, masked = impact[:, ~memorising].sum(1), impact[:, memorising].sum(1)
+            return {"kept": kept, "masked": masked, "y": batch.y}
+
+        try:
+            position, sums = data.train.map(contributions, [site], "Ranking training examples", reduce="auto")
+        except (TypeError, ValueError) as error:
+            rank_zero_warn(f"The training batches cannot be read, so training examples are not ranked. {error}")
+            return None
+        score = contrast(sums["kept"], sums["masked"])
+        return rank_examples(score.cpu(), sums["y"].cpu(), self.memorised, position.cpu())
 
     def _write(self, trainer: pl.Trainer, folder: Path, epoch: int) -> None:
         if self.report is None:
@@ -335,20 +288,16 @@ class MemorizationTracer(Callback):
             picture_grid(torch.stack(images), titles, path)
 
 
-def _ranks(trainer: pl.Trainer) -> Ranks:
-    if trainer.world_size == 1:
-        return Ranks()
+def _sites(pl_module: pl.LightningModule, layers: str | Sequence[str] | None, head: str | None) -> list[Site]:
+    find_head(pl_module, head)
+    return default_sites(pl_module, head) if layers is None else find_sites(pl_module, layers)
 
-    def gather(rows: Tensor) -> Tensor:
-        order = torch.arange(len(rows)) * trainer.world_size + trainer.global_rank
-        gathered = gather_rows(trainer, order, rows.to(torch.uint8) if rows.dtype == torch.bool else rows)
-        return gathered.to(rows.dtype)
 
-    def total(value: Tensor) -> Tensor:
-        reduced = trainer.strategy.reduce(value.clone(), reduce_op="sum")
-        return torch.as_tensor(reduced)
-
-    return Ranks(gather, total, trainer.global_rank)
+def _deciding_heads(data: RunData, x: Any) -> list[str]:
+    """By their names in the whole module, also where only a part of it is called."""
+    layers = named_layers(data.model)
+    found = [layers[name] for name in deciding_heads(data.model, x)]
+    return [name for name, layer in named_layers(data.pl_module).items() if any(layer is head for head in found)]
 
 
 def _spread(atypical: Tensor, limit: int | None) -> Tensor:

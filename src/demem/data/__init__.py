@@ -4,7 +4,8 @@ from demem.data.arrays import GroupedDataset, GroupedTensors, as_grouped, collat
 from demem.data.datamodule import GroupedDataModule
 from demem.data.digits import SpuriousDigits, make_spurious_digits
 from demem.data.mnist import ColoredMNIST, Dominoes, make_colored_mnist, make_dominoes
-from demem.data.wilds import WildsDataModule
+from demem.data.planting import IntArray, plant_attribute, stratified_split
+from demem.data.wilds import WildsDataModule, image_transform, load_wilds, make_grouper
 
 __all__ = [
     "ColoredMNIST",
@@ -12,11 +13,17 @@ __all__ = [
     "GroupedDataModule",
     "GroupedDataset",
     "GroupedTensors",
+    "IntArray",
     "SpuriousDigits",
     "WildsDataModule",
     "as_grouped",
     "collate",
+    "image_transform",
+    "load_wilds",
     "make_colored_mnist",
     "make_dominoes",
+    "make_grouper",
     "make_spurious_digits",
+    "plant_attribute",
+    "stratified_split",
 ]

@@ -50,7 +50,7 @@ class GroupedTensors(GroupedDataset):
 
     Args:
         x: inputs ``(N, ...)``; or a sequence of such tensors, views of the same examples, of which torch's random state
-            draws one each time an example is read.  Read as float32.
+            one is drawn whenever the example is read.  Read as float32.
         y: class of each example read.
         group: group of each example read.
         positions: rows of ``x`` that are read; default all.

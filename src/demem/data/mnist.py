@@ -84,8 +84,8 @@ def make_dominoes(
     """Dominoes (Shah et al. 2020): an MNIST digit (spurious) above a Fashion-MNIST garment (the class), 56×28 pixels.
 
     Class 0 / 1 is the garment ``fashion_classes[0]`` / ``[1]`` (default sneaker and ankle boot), attribute 0 / 1 the
-    digit ``mnist_classes[0]`` / ``[1]``.  In training the digit tells the class for the share ``correlation``, in
-    validation and test for half.  Group = 2·class + attribute.  Images are ``(1, 56, 28)``.
+    digit ``mnist_classes[0]`` / ``[1]``.  In training the digit agrees with the class for the fraction ``correlation``,
+    in validation and test for half.  Group = 2·class + attribute.  Images are ``(1, 56, 28)``.
 
     Args:
         root: folder that holds ``MNIST/raw`` and ``FashionMNIST/raw``.

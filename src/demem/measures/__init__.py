@@ -1,4 +1,7 @@
-"""Diversity of activations: entropy of units, mutual information of pairs (Bansal et al. 2022)."""
+"""Measure the diversity of activations: entropy of units, mutual information of pairs (Bansal et al. 2022).
+
+Activations are ``(S, N)``, one row per example and one column per unit, or ``{site: (S, N)}``.  All values are in nats.
+"""
 
 from demem.measures.binning import Activations, Binning, share_ranges, unit_ranges
 from demem.measures.collect import collect_activations
@@ -15,20 +18,21 @@ from demem.measures.diversity import (
     summarize,
 )
 from demem.measures.entropy import entropy, entropy_from_counts, histogram
-from demem.measures.ksg import TiesWarning, UnitReport, inspect_units, ksg_mutual_information
-from demem.measures.metrics import (
+from demem.measures.ksg import TiesWarning, UnitTies, inspect_units, ksg_mutual_information
+from demem.measures.mutual_information import (
+    activation_codes,
+    mutual_information,
+    mutual_information_from_codes,
+)
+from demem.measures.plots import plot_diversity, plot_entropy, plot_history, plot_mutual_information
+from demem.measures.reservoir import Reservoir, reservoir_compact, reservoir_keys
+from demem.measures.streaming import (
     ActivationEntropy,
     ActivationRange,
     HistogramEntropy,
     KSGMutualInformation,
     MutualInformation,
 )
-from demem.measures.mutual_information import (
-    activation_codes,
-    mutual_information,
-    mutual_information_from_codes,
-)
-from demem.measures.reservoir import reservoir_compact, reservoir_keys
 
 __all__ = [
     "ActivationEntropy",
@@ -39,9 +43,10 @@ __all__ = [
     "HistogramEntropy",
     "KSGMutualInformation",
     "MutualInformation",
+    "Reservoir",
     "Summary",
     "TiesWarning",
-    "UnitReport",
+    "UnitTies",
     "Verdict",
     "activation_codes",
     "choose_units",
@@ -58,6 +63,10 @@ __all__ = [
     "mixture_density",
     "mutual_information",
     "mutual_information_from_codes",
+    "plot_diversity",
+    "plot_entropy",
+    "plot_history",
+    "plot_mutual_information",
     "reservoir_compact",
     "reservoir_keys",
     "share_ranges",

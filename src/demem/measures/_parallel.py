@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def for_each(task: Callable[[T], None], items: Iterable[T]) -> None:
-    """Run ``task`` on every item, on as many threads as ``torch.get_num_threads()`` says.
+    """Run ``task`` on every item, on ``torch.get_num_threads()`` threads.
 
-    Each piece runs single-threaded: counting cannot be split inside an operation, and a pool on top of torch's own
-    would only make threads wait for each other.
+    Each piece runs on one thread: counting cannot be split inside an operation, and a pool on top of torch's own would
+    only make threads wait for each other.
     """
     threads = torch.get_num_threads()
     if threads == 1:
@@ -25,7 +25,7 @@ def for_each(task: Callable[[T], None], items: Iterable[T]) -> None:
     inference = torch.is_inference_mode_enabled()
 
     def run(item: T) -> None:
-        with torch.inference_mode(inference):  # a mode of the thread: workers do not have the caller's
+        with torch.inference_mode(inference):  # the mode belongs to a thread; workers do not inherit it
             task(item)
 
     torch.set_num_threads(1)

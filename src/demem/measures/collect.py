@@ -25,19 +25,25 @@ def collect_activations(
     """Run the model in evaluation mode and keep a random sample of the rows of every site.
 
     Args:
-        model: its modes are put back afterwards.
+        model: any module; its modes are restored afterwards.
         batches: inputs alone (labels are not needed), or anything that :func:`demem.batch.unpack_batch` reads.
-        layers: site patterns, see :mod:`demem.sites`; ``None``: :func:`demem.sites.default_sites`.  ``"fc:input"`` or
-            the name of a linear layer reads before the nonlinearity, the name of the activation module after it.
+        layers: site patterns, see :func:`demem.sites.find_sites`; :func:`demem.sites.default_sites` if ``None``.  The
+            name of a linear layer reads before the nonlinearity, the name of the activation module after it.
         reduce: over space or tokens, see :func:`demem.sites.reduce_activation`.
-        max_samples: most rows kept of a site (the paper: 10,000); ``None`` keeps all.
-        seed: of the sample; the same positions are kept for the same data order.
+        max_samples: keep at most this many rows of a site (the paper's 10,000); ``None`` keeps all.
+        seed: seed of the sample; the same positions are kept for the same order of the data.
 
     Returns:
         ``{site: (S, N)}`` on the CPU.
 
     Raises:
-        ValueError: a pattern matches nothing, or the loader is empty.
+        ValueError: a pattern matches nothing, or there are no batches.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> x = collect_activations(model, torch.randn(500, 4).split(100), ["0", "2:input"], max_samples=200)
+        >>> {site: tuple(rows.shape) for site, rows in x.items()}
+        {'0': (200, 3), '2:input': (200, 3)}
     """
     sites = default_sites(model) if layers is None else find_sites(model, layers)
     modes = [(module, module.training) for module in model.modules()]
@@ -52,7 +58,7 @@ def collect_activations(
                 for name, rows in reader.pop().items():
                     first, seen[name] = seen[name], seen[name] + len(rows)
                     kept[name].append((reservoir_keys(torch.arange(first, seen[name]), seed), rows.cpu()))
-                    if max_samples and first // max_samples < seen[name] // max_samples:  # seldom: it copies all
+                    if max_samples and first // max_samples < seen[name] // max_samples:  # seldom: copies all rows
                         kept[name] = [_sample(kept[name], max_samples)]
     finally:
         for module, mode in modes:

@@ -1,4 +1,8 @@
-"""Both measures of one network, their summaries, and which kind of memorization a change of them speaks for."""
+"""Compute both measures of a network, summarise them, and compare networks.
+
+Heuristic memorization (of a spurious feature) lowers the entropy of units and raises their mutual information;
+example-level memorization (of mislabelled or rare examples) does the reverse (Bansal et al. 2022).
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,8 @@ class Diversity:
     Attributes:
         entropy: ``{site: (N_site,)}`` nats.
         mutual_information: ``(M, M)`` nats, of the units in ``mi_units``, site after site.
-        mi_units: ``{site: (M_site,)}`` which units of each site the matrix holds.
-        num_samples: rows S behind the smallest estimate.
+        mi_units: ``{site: (M_site,)}`` indices of the units in the matrix.
+        num_samples: number of examples S behind the estimate that has the fewest.
     """
 
     entropy: dict[str, Tensor]
@@ -40,16 +44,16 @@ class Diversity:
 
     @property
     def mean_entropy(self) -> float:
-        """Mean over all units of all sites."""
+        """Mean entropy over all units of all sites, in nats."""
         return float(torch.cat(list(self.entropy.values())).mean())
 
     @property
     def mean_mi(self) -> float:
-        """Mean over the whole matrix, diagonal included (the paper's)."""
+        """Mean over the whole matrix including the diagonal (as in the paper), in nats."""
         return float(mean_mi(self.mutual_information))
 
     def site_mi(self) -> dict[str, Tensor]:
-        """The blocks of single sites, ``{site: (M_site, M_site)}``."""
+        """Return the blocks of single sites, ``{site: (M_site, M_site)}``."""
         blocks, start = {}, 0
         for site, units in self.mi_units.items():
             blocks[site] = self.mutual_information[start : start + len(units), start : start + len(units)]
@@ -59,7 +63,7 @@ class Diversity:
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean, and median with the 95% interval that a notched box plot draws (McGill et al. 1978)."""
+    """Mean, and median with the 95% interval (``low``, ``high``) of a notched box plot (McGill et al. 1978)."""
 
     mean: float
     median: float
@@ -70,13 +74,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the change from a reference to another network speaks for.
+    """Kind of memorization that the change from a reference to another network indicates.
 
     Attributes:
         lean: ``"heuristic"`` (entropy down, mutual information up), ``"example-level"`` (the reverse), else
             ``"unclear"``.
-        confidence: share of bootstrap resamples in which both measures moved that way.
-        entropy_change, mi_change: (estimate, lower, upper end of the 95% bootstrap interval), nats.
+        confidence: fraction of bootstrap resamples in which both measures moved that way.
+        entropy_change, mi_change: (estimate, lower, upper end of the 95% bootstrap interval) in nats.
     """
 
     lean: Lean
@@ -99,18 +103,29 @@ def measure_diversity(
     max_mi_samples: int | None = None,
     seed: int = 0,
 ) -> Diversity:
-    """Entropy of every unit and mutual information of all pairs, or of a random subset of units where N is large.
+    """Compute the entropy of every unit and the mutual information of all pairs, or of a random subset of units.
 
     Args:
         activations: ``(S, N)`` or ``{site: (S, N)}``.
         bins, binning, correction: see :func:`demem.measures.entropy`.
         estimator: ``"ksg"`` (the paper's), ``"binned"``, or ``None`` for entropy alone (the matrix is then empty).
-        k: neighbour of the KSG estimate.
+        k: number of the neighbour in the KSG estimate.
         mi_bins, mi_binning, mi_correction: see :func:`demem.measures.mutual_information`; bins and binning default to
             those of the entropy.
-        max_units: most units in the mutual-information matrix, drawn with ``seed``, shared evenly between the sites.
-        max_mi_samples: most samples for the mutual information, drawn with ``seed``.
-        seed: of both draws.
+        max_units: use at most this many units for mutual information, see :func:`choose_units`; all if ``None``.
+        max_mi_samples: use at most this many random examples for mutual information; all if ``None``.
+        seed: seed of both draws.
+
+    Raises:
+        ValueError: unknown estimator, or as the two measures.
+
+    Example:
+        >>> x = torch.randn(1000, 1)
+        >>> d = measure_diversity({"fc": torch.cat([x, x + 0.1 * torch.randn(1000, 1), torch.randn(1000, 1)], 1)})
+        >>> d
+        Diversity(units {fc: 3}, 1000 samples)
+        >>> [round(value, 1) for value in d.mutual_information[0, 1:].tolist()]  # a near copy, and another unit
+        [2.3, 0.0]
     """
     sites = as_sites(activations)
     values = entropy(sites, bins, binning, correction=correction)
@@ -134,10 +149,22 @@ def measure_diversity(
 
 
 def choose_units(num_units: Mapping[str, int], max_units: int | None, seed: int = 0) -> dict[str, Tensor]:
-    """Draw at most ``max_units`` units, evenly from all sites; a small site's unused share goes to the others.
+    """Draw at most ``max_units`` units, evenly from all sites; what a small site cannot fill goes to the others.
+
+    Args:
+        num_units: ``{site: N}``.
+        max_units: number of units to draw in all; all units if ``None``.
+        seed: seed of the draw.
 
     Returns:
         ``{site: (M_site,)}`` sorted int64; at least two units of a site that has two.
+
+    Raises:
+        ValueError: ``max_units`` is below 2.
+
+    Example:
+        >>> {site: len(units) for site, units in choose_units({"conv": 64, "fc": 3}, max_units=10).items()}
+        {'conv': 7, 'fc': 3}
     """
     if max_units is None or sum(num_units.values()) <= max_units:
         return {name: torch.arange(n) for name, n in num_units.items()}
@@ -153,7 +180,13 @@ def choose_units(num_units: Mapping[str, int], max_units: int | None, seed: int 
 
 
 def mean_mi(matrix: Tensor, diagonal: bool = True) -> Tensor:
-    """Mean of a mutual-information matrix ``(N, N)``, with its diagonal (the paper's) or without (NaN for N = 1)."""
+    """Average a mutual-information matrix ``(N, N)``, with its diagonal (as in the paper) or without (NaN for N = 1).
+
+    Example:
+        >>> matrix = torch.tensor([[4.0, 1.0], [1.0, 2.0]])
+        >>> mean_mi(matrix), mean_mi(matrix, diagonal=False)
+        (tensor(2.), tensor(1.))
+    """
     if diagonal:
         return matrix.mean()
     n = len(matrix)
@@ -161,7 +194,17 @@ def mean_mi(matrix: Tensor, diagonal: bool = True) -> Tensor:
 
 
 def summarize(values: Tensor) -> Summary:
-    """Mean, median and the median's 95% interval, ± 1.57 × interquartile range / √n, of any number of values."""
+    """Summarise values of any shape by mean, median and the median's 95% interval, ± 1.57 × interquartile range / √n.
+
+    Raises:
+        ValueError: there are no values.
+
+    Source: McGill et al. 1978.
+
+    Example:
+        >>> summarize(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        Summary(mean=2.5, median=2.5, low=1.3225, high=3.6775, count=4)
+    """
     x = values.detach().flatten().double().cpu()
     if len(x) == 0:
         raise ValueError("There is nothing to summarize.")
@@ -173,15 +216,26 @@ def summarize(values: Tensor) -> Summary:
 def mixture_density(
     values: Tensor, grid: Tensor | None = None, components: int = 3, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Density of mutual information as a mixture of Gaussians, as the paper draws it.
+    """Estimate the density of mutual information by a mixture of Gaussians, as in the paper's figures.
 
     Args:
-        values: a matrix ``(N, N)`` (each pair once, without the diagonal) or a vector.
-        grid: where to evaluate; 200 points over the values' range by default.
-        components: of the mixture.
+        values: a matrix ``(N, N)``, of which each pair is used once and the diagonal is not, or a vector; in nats.
+        grid: ``(G,)`` points at which to evaluate the density; 200 points over the range of the values if ``None``.
+        components: number of Gaussians.
+        seed: seed of the fit.
 
     Returns:
         ``grid`` and the density on it, both ``(G,)`` float64.
+
+    Raises:
+        ValueError: fewer values than components.
+
+    Source: Bansal et al. 2022.
+
+    Example:
+        >>> grid, density = mixture_density(torch.cat([torch.randn(200), torch.randn(200) + 5]), components=2)
+        >>> round(float(torch.trapezoid(density, grid)), 1)
+        1.0
     """
     from sklearn.mixture import GaussianMixture
 
@@ -202,17 +256,28 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Verdict:
-    """Which kind of memorization the change from ``reference`` to ``other`` speaks for, and how sure that is.
+    """Judge which kind of memorization the change from ``reference`` to ``other`` indicates, and with what confidence.
 
-    Heuristic memorization lowers entropy and raises mutual information, example-level memorization does the reverse
-    (Bansal et al. 2022).  Runs, and units inside each run, are resampled with replacement; with one run on each side
-    the confidence speaks of these two networks only, not of what another seed would give.  Give several seeds a side
-    to cover that too.  Compare only networks measured alike: same examples, sites and settings.
+    Runs, and units inside each run, are resampled with replacement.  With one run per side the confidence refers to
+    these two networks only; pass several seeds per side to cover the variation between seeds.  Compare only networks
+    that were measured with the same examples, sites and settings.
 
     Args:
-        reference, other: one network or several runs of it (e.g. seeds).
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        reference, other: one network, or several runs of it (e.g. seeds).
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
+
+    Raises:
+        ValueError: a side is empty.
+
+    Source: Bansal et al. 2022 for the two directions.
+
+    Example:
+        >>> common, noise = torch.randn(500, 1), torch.randn(500, 8)
+        >>> diverse, alike = measure_diversity(noise), measure_diversity(common + 0.3 * noise)
+        >>> verdict = compare(diverse, alike)
+        >>> verdict.lean, verdict.mi_change[0] > 0.5  # nats
+        ('heuristic', True)
     """
     before = [reference] if isinstance(reference, Diversity) else list(reference)
     after = [other] if isinstance(other, Diversity) else list(other)
@@ -240,7 +305,22 @@ def compare_runs(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Verdict]:
-    """:func:`compare` every run with one of them (the first by default), e.g. the checkpoints of a training run."""
+    """:func:`compare` every run with one of them, e.g. the checkpoints of a training run.
+
+    Args:
+        runs: ``{name: one network or several runs of it}``.
+        reference: name of the run to compare with; the first if ``None``.
+        resamples, seed: see :func:`compare`.
+
+    Raises:
+        ValueError: fewer than two runs, or there is no run ``reference``.
+
+    Example:
+        >>> common, noise = torch.randn(500, 1), torch.randn(500, 8)
+        >>> epochs = {f"epoch {e}": measure_diversity(0.5 * e * common + noise) for e in (0, 1, 4)}
+        >>> {epoch: round(verdict.mi_change[0], 2) for epoch, verdict in compare_runs(epochs).items()}  # nats
+        {'epoch 1': 0.01, 'epoch 4': 0.49}
+    """
     if len(runs) < 2:
         raise ValueError("Give at least two runs to compare.")
     reference = next(iter(runs)) if reference is None else reference
@@ -250,7 +330,13 @@ def compare_runs(
 
 
 def _bootstrap(runs: list[Diversity], resamples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Resampled mean entropy and mean off-diagonal mutual information, each ``(resamples,)``."""
+    """Return resampled mean entropy and mean off-diagonal mutual information, each ``(resamples,)``.
+
+    A resample that draws unit i w_i times contains w_i w_j pairs of the units i ≠ j and w_i (w_i − 1) pairs of unit i
+    with a copy of itself, which carry no information.  So the mean over pairs of different units is
+
+        Σ_{i≠j} w_i w_j M_ij / Σ_{i≠j} w_i w_j = (wᵀMw − Σ_i w_i² M_ii) / ((Σ_i w_i)² − Σ_i w_i²).
+    """
     h, mi = [], []
     for run in runs:
         values = torch.cat([v.double().cpu() for v in run.entropy.values()])
@@ -265,7 +351,7 @@ def _bootstrap(runs: list[Diversity], resamples: int, generator: torch.Generator
 
 
 def _weights(n: int, resamples: int, generator: torch.Generator) -> Tensor:
-    """How often each of n units is in each resample, ``(resamples, n)``."""
+    """Count how often each of n units is in each resample, ``(resamples, n)``."""
     drawn = torch.randint(n, (resamples, n), generator=generator)
     return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 

@@ -1,4 +1,10 @@
-"""Plug-in Shannon entropy of binned activations (Bansal et al. 2022, equation 1, as in the released code)."""
+"""Estimate the Shannon entropy of binned activations (Bansal et al. 2022, equation 1, as in the released code).
+
+The plug-in estimate puts the observed frequencies p̂_b = n_b / S in place of the probabilities.  Its bias follows from
+the expansion of −p ln p to second order around the true p_b: the first-order terms vanish in the mean, the variance
+p_b (1 − p_b) / S of p̂_b leaves −(1 − p_b) / 2S for every bin, and the sum over the K occupied bins is −(K − 1) / 2S.
+Miller and Madow (1955) add that term back.
+"""
 
 from __future__ import annotations
 
@@ -55,13 +61,14 @@ def entropy(
     value_range: tuple[float, float] | None = None,
     correction: Correction = "none",
 ) -> Tensor | dict[str, Tensor]:
-    r"""Entropy of every unit, :math:`H_i = -\sum_b p_b \ln p_b`, in nats.
+    r"""Estimate the entropy of every unit, :math:`H_i = -\sum_b p_b \ln p_b`, in nats.
 
     Args:
         activations: ``(S, N)``, or ``{site: (S, N)}`` (S may differ between sites).
         bins: number of equal-width bins B (the paper: 100; 10 to 20 for the circles).
-        binning: which units share one range, see :func:`demem.measures.unit_ranges`; the paper's is ``"global"``.
-        value_range: fixed range instead of the data's smallest and largest value; values outside go to the end bins.
+        binning: which units have one range in common, see :func:`demem.measures.unit_ranges`; the paper's is
+            ``"global"``.
+        value_range: fixed range instead of the smallest and largest activation; values outside fall into the end bins.
         correction: ``"miller_madow"`` adds (occupied bins − 1) / 2S against the downward bias of small samples.
 
     Returns:
@@ -69,6 +76,13 @@ def entropy(
 
     Raises:
         ValueError: wrong shape, NaN or infinity (names the site), bins out of range, unknown choice.
+
+    Source: Bansal et al. 2022, equation 1.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 3.0]])  # a dead unit and a diverse one
+        >>> entropy(x, bins=4)  # 0 and ln 4
+        tensor([0.0000, 1.3863], dtype=torch.float64)
     """
     sites = as_sites(activations)
     if value_range is None:
@@ -82,21 +96,30 @@ def entropy(
 
 
 def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """How often each unit's activation falls into each of ``bins`` equal-width bins.
+    """Count how often each unit's activation falls into each of ``bins`` equal-width bins.
 
-    Counts of several batches or processes add up to the counts of all samples.
+    The counts of several batches or processes add up to those of all examples.
 
     Args:
         x: ``(S, N)``.
-        low, high: ``(N,)`` float64, the same for every batch.
+        low, high: ``(N,)`` float64, the same for every batch; values outside fall into the end bins.
+        bins: number of bins B.
 
     Returns:
-        ``(N, bins)`` int64.
+        ``(N, B)`` int64.
+
+    Raises:
+        ValueError: bins out of range.
+
+    Example:
+        >>> low, high = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        >>> histogram(torch.tensor([[0.1], [0.4], [0.9], [1.7]]), low, high, bins=2)
+        tensor([[2, 2]])
     """
     check_bins(bins)
     size, units = x.shape
     counts = torch.zeros(units, bins, dtype=torch.int64, device=x.device)
-    # Few units at a time keep the table of counts in the cache; on an accelerator one call does all.
+    # Few units at a time keep the table of counts in the cache; an accelerator counts all units in one call.
     width = _UNITS_PER_BLOCK if x.device.type == "cpu" else units
     rows = 2048 if x.device.type == "cpu" else size
 
@@ -114,7 +137,21 @@ def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
 
 
 def entropy_from_counts(counts: Tensor, correction: Correction = "none") -> Tensor:
-    """Plug-in entropy of histograms, ``(..., B)`` counts to ``(...)`` nats (0 where a histogram is empty)."""
+    """Estimate the entropy of histograms: counts ``(..., B)`` → ``(...)`` nats (0 where a histogram is empty).
+
+    Args:
+        counts: ``(..., B)`` from :func:`histogram`.
+        correction: see :func:`entropy`.
+
+    Raises:
+        ValueError: unknown correction.
+
+    Example:
+        >>> entropy_from_counts(torch.tensor([[4, 0], [2, 2]]))
+        tensor([0.0000, 0.6931], dtype=torch.float64)
+        >>> entropy_from_counts(torch.tensor([2, 2]), "miller_madow")  # + (2 − 1) / (2 · 4)
+        tensor(0.8181, dtype=torch.float64)
+    """
     total = counts.sum(-1, keepdim=True).double().clamp(min=1)
     value: Tensor = torch.special.entr(counts / total).sum(-1)
     if correction == "miller_madow":

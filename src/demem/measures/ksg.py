@@ -1,4 +1,23 @@
-"""Mutual information by nearest neighbours (Kraskov, Stögbauer and Grassberger 2004, their first estimator)."""
+"""Estimate mutual information by nearest neighbours (Kraskov, Stögbauer and Grassberger 2004, first estimator).
+
+Derivation.  Let P be the probability mass within the distance ε of a point to its k-th neighbour among S − 1 others.
+Its mean logarithm does not depend on the density: ⟨ln P⟩ = ψ(k) − ψ(S).  In the plane of two units, with the maximum
+norm, P ≈ p(x, y) (2ε)², so that
+
+    H(x, y) = −⟨ln p⟩ = ψ(S) − ψ(k) + 2 ⟨ln 2ε⟩.
+
+Along one unit the same ε reaches to the (n_x + 1)-th neighbour, where n_x counts the other points closer than ε:
+
+    H(x) = ψ(S) − ⟨ψ(n_x + 1)⟩ + ⟨ln 2ε⟩.
+
+In H(x) + H(y) − H(x, y) the terms with ε cancel, and with them most of the error of assuming a constant density:
+
+    I = ψ(S) + ψ(k) − ⟨ψ(n_x + 1) + ψ(n_y + 1)⟩.
+
+The work is to find ε and to count neighbours for every pair of units.  Both are exact here: distances are searched in
+strips of one unit (:func:`_kth_distance`), and every distance that is not proven to be the smallest is left to a k-d
+tree.
+"""
 
 from __future__ import annotations
 
@@ -16,60 +35,77 @@ from demem.measures.binning import Activations, as_sites, side_by_side
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
-_PAIRS = 16  # worked on at once: large enough that threads seldom wait for the interpreter, small enough for the cache
+_PAIRS = 16  # per block: large enough that threads seldom wait for the interpreter, small enough for the cache
 _MAX_FAST_K = 5
 _MIN_FAST_SAMPLES = 500
 
 
 class TiesWarning(UserWarning):
-    """Some units repeat values, where the nearest-neighbour estimate is not valid."""
+    """Some units repeat values, which biases the nearest-neighbour estimate."""
 
 
 @dataclass(frozen=True)
-class UnitReport:
-    """Which units cannot be trusted to a nearest-neighbour estimate.
+class UnitTies:
+    """Repeated values of each unit, which a nearest-neighbour estimate assumes not to exist.
 
     Attributes:
-        dead: ``(N,)`` bool, units with one value throughout.
-        tied: ``(N,)`` float, share of a unit's samples whose value occurs more than once (1 for a dead unit).
+        dead: ``(N,)`` bool, units that are constant.
+        tied: ``(N,)`` float64, fraction of a unit's examples whose value occurs more than once (1 for a dead unit).
     """
 
     dead: Tensor
     tied: Tensor
 
 
-def inspect_units(activations: Activations) -> UnitReport:
-    """Find dead units and repeated values (a ReLU's zeros, half precision) in ``(S, N)`` or ``{site: (S, N)}``."""
+def inspect_units(activations: Activations) -> UnitTies:
+    """Find dead units and repeated values (zeros of a ReLU, half precision).
+
+    Args:
+        activations: ``(S, N)``, or ``{site: (S, N)}`` whose units are joined.
+
+    Example:
+        >>> inspect_units(torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 2.0], [0.0, 3.0, 3.0], [0.0, 4.0, 4.0]]))
+        UnitTies(dead=tensor([ True, False, False]), tied=tensor([1.0000, 0.5000, 0.0000], dtype=torch.float64))
+    """
     values = side_by_side(as_sites(activations)).float().T.contiguous().sort(1).values
     same = values[:, 1:] == values[:, :-1]
     no = same.new_zeros(len(values), 1)
     tied = torch.cat([no, same], 1) | torch.cat([same, no], 1)
-    return UnitReport(dead=values[:, 0] == values[:, -1], tied=tied.double().mean(1))
+    return UnitTies(dead=values[:, 0] == values[:, -1], tied=tied.double().mean(1))
 
 
 def ksg_mutual_information(activations: Activations, k: int = 3, clip: bool = True) -> Tensor:
-    r"""KSG-1 estimate of the mutual information of all pairs of units, in nats.
+    r"""Estimate the mutual information of all pairs of units by nearest neighbours (KSG-1), in nats.
 
     .. math:: I = \psi(S) + \psi(k) - \langle \psi(n_x + 1) \rangle - \langle \psi(n_y + 1) \rangle
 
-    with ε the distance to the k-th neighbour in the plane of the two units (max-norm) and :math:`n_x, n_y` the
-    numbers of other samples closer than ε in one unit alone.  As scikit-learn's estimator for continuous variables,
-    without its scaling and noise (Bansal et al. 2022).
+    with ε the distance to the k-th neighbour in the plane of the two units (maximum norm) and :math:`n_x, n_y` the
+    numbers of other examples closer than ε in one unit alone.  This is scikit-learn's estimator for continuous
+    variables, without its scaling and noise.
 
     Args:
-        activations: ``(S, N)``, or ``{site: (S, N)}`` whose units are put side by side; S > k.
-        k: which neighbour.
-        clip: negative estimates become 0, as in scikit-learn.
+        activations: ``(S, N)``, or ``{site: (S, N)}`` whose units are joined; S > k.
+        k: number of the neighbour; a larger k has less variance and more bias.
+        clip: replace negative estimates by 0, as scikit-learn does.
 
     Returns:
-        ``(N, N)`` float64, symmetric; the diagonal holds a unit's estimate with itself.
+        ``(N, N)`` float64, symmetric; the diagonal holds the estimate of a unit with itself.
 
     Raises:
         ValueError: k < 1, S ≤ k, wrong shape, NaN or infinity.
 
     Warns:
-        TiesWarning: units repeat values; see :func:`inspect_units`.  Their estimates are biased.  Read the layer before
-            its ReLU, in float32, or use :func:`demem.measures.mutual_information`.
+        TiesWarning: units repeat values (see :func:`inspect_units`), so that their estimates are biased.  Read the
+            layer before its ReLU, in float32, or use :func:`demem.measures.mutual_information`.
+
+    Source: Kraskov et al. 2004, equation 8, as used by Bansal et al. 2022.
+
+    Example:
+        >>> x = torch.randn(2000, 3)
+        >>> x[:, 1] = 0.8 * x[:, 0] + 0.6 * x[:, 1]  # correlation 0.8, so I = −½ ln(1 − 0.64) = 0.51 nats
+        >>> matrix = ksg_mutual_information(x)
+        >>> [round(float(matrix[0, j]), 1) for j in (1, 2)]
+        [0.5, 0.0]
     """
     sites = as_sites(activations)
     matrix = side_by_side(sites)
@@ -115,13 +151,13 @@ def _warn_of_ties(sites: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What is worked out once per unit: all arrays have a row per unit."""
+    """Order and search grid of every unit, computed once; all arrays have one row per unit."""
 
-    values: Floats  # in sample order
-    order: Ints  # sample numbers by increasing value
+    values: Floats  # in the order of the examples
+    order: Ints  # numbers of the examples by increasing value
     rank: Ints  # its inverse
     sorted: Floats  # padded with inf, so that a search may step past the end
-    cell_start: Ints  # number of values before each cell of an even grid over the unit's range
+    cell_start: Ints  # number of values before each cell of a regular grid over the unit's range
     low: Floats
     scale: Floats
     steps: list[int]  # halving steps that find a value inside the fullest three cells
@@ -143,7 +179,7 @@ def _prepare(values: Floats) -> _Prepared:
     for i in range(units):
         filled = np.bincount(cell[i], minlength=cells)
         np.cumsum(filled, out=starts[i, 1:])
-        # A cell and its neighbours: the cell of a sum can be off by one through rounding.
+        # A cell with its neighbours, because rounding can put a sum into the next cell.
         steps.append(int(np.convolve(filled, [1, 1, 1]).max()).bit_length())
     padded = np.full((units, size + 2 ** max(steps)), np.inf)
     padded[:, :size] = ordered
@@ -151,9 +187,10 @@ def _prepare(values: Floats) -> _Prepared:
 
 
 def _count_below(p: _Prepared, units: int | slice, x: Floats, offset: Floats, inclusive: bool) -> Ints:
-    """How many values v of a unit have v − x < offset (or ≤), ``(J, S)``; ``units`` is one index or a slice of J.
+    """Count the values v of a unit with v − x < offset (or ≤), ``(J, S)``; ``units`` is one index or a slice of J.
 
-    The difference is compared, as the definition of the neighbourhood has it: v < x + offset may round differently.
+    The grid cell of x + offset gives a lower bound of the count, halving steps inside three cells the rest.  The
+    difference v − x is compared, as in the definition of the neighbourhood, because v < x + offset may round otherwise.
     """
     many = isinstance(units, slice)
     low, scale = (p.low[units, None], p.scale[units, None]) if many else (p.low[units], p.scale[units])
@@ -179,11 +216,11 @@ def _count_below(p: _Prepared, units: int | slice, x: Floats, offset: Floats, in
 
 @dataclass(frozen=True)
 class _Strips:
-    """Samples cut into strips by one unit's rank.
+    """Examples divided into strips by their rank in one unit.
 
     Attributes:
         strip: ``(S,)`` number of the strip, by rank.
-        edge: ``(S,)`` distance to the nearest sample outside of the strip, by rank.
+        edge: ``(S,)`` distance to the nearest example outside of the strip, by rank.
     """
 
     strip: npt.NDArray[np.uint16]
@@ -191,9 +228,10 @@ class _Strips:
 
 
 def _strips(x: Floats, k: int) -> list[_Strips]:
-    """Two partitions of the sorted values, shifted by half a strip: every sample is far from the edge in one of them.
+    """Divide the sorted values twice, shifted by half a strip: every example is far from the edge in one of the two.
 
-    In ranks, a k-neighbourhood of independent units is about sqrt(k S) wide; strips are a few times wider.
+    The k nearest of S points of two independent units fill k / S of the mass, hence about sqrt(k / S) of the ranks of
+    each unit, which is sqrt(k S) ranks; a strip is a few times wider.
     """
     size = len(x)
     half = max(8, round(1.7 * (k * size) ** 0.5))
@@ -208,23 +246,24 @@ def _strips(x: Floats, k: int) -> list[_Strips]:
 
 
 def _mean_psi(p: _Prepared, i: int, js: slice, k: int, strips: list[_Strips], psi: Floats) -> Floats:
-    """⟨ψ(n_x + 1) + ψ(n_y + 1)⟩ of unit i with units js, ``(J,)``."""
+    """Compute ⟨ψ(n_x + 1) + ψ(n_y + 1)⟩ of unit i with units js, ``(J,)``."""
     size = p.values.shape[1]
     x = p.sorted[i, :size]
     y = np.take(p.values[js], p.order[i], axis=1)
     radius = _kth_distance(x, y, p.rank[i][p.order[js]], k, strips)
-    radius = np.nextafter(radius, 0)  # leaves the k-th neighbour itself out
+    radius = np.nextafter(radius, 0)  # excludes the k-th neighbour itself
     near_x = _count_below(p, i, x, radius, True) - _count_below(p, i, x, -radius, False)
     near_y = _count_below(p, js, y, radius, True) - _count_below(p, js, y, -radius, False)
     return np.asarray((psi.take(near_x) + psi.take(near_y)).mean(1))
 
 
 def _kth_distance(x: Floats, y: Floats, by_y: Ints, k: int, strips: list[_Strips]) -> Floats:
-    """Max-norm distance to the k-th neighbour of the points (x[s], y[j, s]), ``(J, S)``.
+    """Compute the maximum-norm distance to the k-th neighbour of the points (x[s], y[j, s]), ``(J, S)``.
 
-    Inside a strip of x the points are sorted by y, and each looks at a fixed number of them on both sides.  The k-th
-    smallest distance found is the true one if nothing that was left out can be closer: if it is no larger than the
-    distance in x to the strip's edge, and in y to the next point not looked at.  The few other points ask a k-d tree.
+    Inside a strip of x the points are sorted by y, and each is compared with a fixed number of points on both sides.
+    The k-th smallest distance found is the true one if no other point can be closer: if it is no larger than the
+    distance in x to the strip's edge, and in y to the next point in the strip.  The few remaining points are left to a
+    k-d tree.
     """
     from scipy.spatial import cKDTree
 
@@ -250,8 +289,12 @@ def _kth_distance(x: Floats, y: Floats, by_y: Ints, k: int, strips: list[_Strips
 
 
 def _look_around(x: Floats, y: Floats, strip: npt.NDArray[np.uint16], k: int) -> tuple[Floats, Floats]:
-    """k-th smallest distance to the nearest places along each row, and the y-distance from which on places are left
-    out; all ``(J, S)``.  Rows hold strips one after the other, each sorted by y."""
+    """Compare each point with the next ones along its row, which holds strips one after the other, each sorted by y.
+
+    Returns:
+        The k-th smallest maximum-norm distance found, and the smallest y-distance of the points not compared, both
+        ``(J, S)``.
+    """
     reach = 5 + 2 * k
     nearest = [np.full(x.shape, np.inf) for _ in range(k)]
     distance, spare, other = np.empty_like(x), np.empty_like(x), np.empty_like(x)
@@ -263,7 +306,7 @@ def _look_around(x: Floats, y: Floats, strip: npt.NDArray[np.uint16], k: int) ->
         np.abs(s, out=s)
         np.maximum(d, s, out=d)
         for side in (slice(step, None), slice(None, -step)):
-            # Insert into the k smallest so far; `new` starts as the distance and carries on what was pushed out.
+            # Insert into the k smallest so far: `new` starts as the distance and then carries what it displaced.
             new, buffers = d, (spare[:, step:], other[:, step:])
             for m, kept in enumerate(nearest):
                 held = kept[:, side]

@@ -1,4 +1,9 @@
-"""Binned mutual information of all pairs of units."""
+"""Estimate the mutual information of all pairs of units from binned activations.
+
+I_ij = H_i + H_j − H_ij with the plug-in entropies of :mod:`demem.measures.entropy`.  By their bias of −(K − 1) / 2S for
+K occupied cells, I_ij is biased by ((K_ij − 1) − (K_i − 1) − (K_j − 1)) / 2S = (K_ij − K_i − K_j + 1) / 2S, which the
+Miller-Madow correction subtracts.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ from demem.measures.binning import (
 
 MICorrection = Literal["none", "miller_madow", "shuffle"]
 
-# A block of pairs is worked on at once: its table of counts should stay in the second-level cache.
+# Size of a block of pairs: its table of counts should stay in the second-level cache.
 _BLOCK_CELLS, _BLOCK_SAMPLES = 2**17, 2**16
 
 
@@ -34,24 +39,37 @@ def mutual_information(
     correction: MICorrection = "none",
     seed: int = 0,
 ) -> Tensor:
-    r"""Plug-in mutual information :math:`I_{ij} = H_i + H_j - H_{ij}` of all pairs of units, in nats.
+    r"""Estimate the mutual information :math:`I_{ij} = H_i + H_j - H_{ij}` of all pairs of units, in nats.
 
-    The plug-in estimate is biased upwards by about (cells in use) / 2S, which at 100 bins and a few thousand
-    samples is more than the information itself: compare runs with few bins, a correction, or
+    The plug-in estimate is biased upwards by about (occupied cells) / 2S, which at 100 bins and a few thousand examples
+    exceeds the information itself.  Compare runs with few bins, a correction, or
     :func:`demem.measures.ksg_mutual_information`.
 
     Args:
-        activations: ``(S, N)``, or ``{site: (S, N)}`` whose units are put side by side.
-        bins: number of bins B for each unit.
+        activations: ``(S, N)``, or ``{site: (S, N)}`` whose units are joined.
+        bins: number of bins B of each unit.
         binning: as for :func:`demem.measures.entropy`; also ``"quantile"``: equally filled bins of each unit, which
-            makes the value invariant to increasing maps of single units.
-        value_range: fixed range instead of the data's (equal-width bins only).
-        correction: ``"miller_madow"`` subtracts (K_ij − K_i − K_j + 1) / 2S with K the cells in use;
-            ``"shuffle"`` subtracts the estimate for the same units with their samples shuffled against each other.
-        seed: of the shuffle.
+            makes the estimate invariant to increasing maps of single units.
+        value_range: fixed range instead of the smallest and largest activation (equal-width bins only).
+        correction: ``"miller_madow"`` subtracts (K_ij − K_i − K_j + 1) / 2S with K the numbers of occupied cells;
+            ``"shuffle"`` subtracts the estimate for the same units with their examples shuffled against each other.
+        seed: seed of the shuffle.
 
     Returns:
-        ``(N, N)`` float64, symmetric, the uncorrected entropies on the diagonal when there is no correction.
+        ``(N, N)`` float64, symmetric; without correction the diagonal holds the entropies.
+
+    Raises:
+        ValueError: wrong shape, NaN or infinity (names the site), sites with different numbers of examples, bins out of
+            range, unknown choice.
+
+    Source: Bansal et al. 2022, equation 2, by bins instead of nearest neighbours.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+        >>> mutual_information(x, bins=2)  # units 0 and 1 are equal (ln 2), unit 2 is independent of them
+        tensor([[0.6931, 0.6931, 0.0000],
+                [0.6931, 0.6931, 0.0000],
+                [0.0000, 0.0000, 0.6931]], dtype=torch.float64)
     """
     check_bins(bins)
     return mutual_information_from_codes(
@@ -62,7 +80,18 @@ def mutual_information(
 def activation_codes(
     activations: Activations, bins: int, binning: Binning, value_range: tuple[float, float] | None = None
 ) -> Tensor:
-    """Bin indices of the units of all sites, ``(N, S)`` int32."""
+    """Return the bin indices of the units of all sites, ``(N, S)`` int32.
+
+    Args:
+        activations, bins, binning, value_range: see :func:`mutual_information`.
+
+    Raises:
+        ValueError: as :func:`mutual_information`.
+
+    Example:
+        >>> activation_codes(torch.tensor([[0.0], [0.2], [0.7], [9.0]]), bins=2, binning="quantile")
+        tensor([[0, 0, 1, 1]], dtype=torch.int32)
+    """
     sites = as_sites(activations)
     matrix = side_by_side(sites)
     if binning == "quantile":
@@ -78,20 +107,28 @@ def activation_codes(
 
 
 def mutual_information_from_codes(codes: Tensor, correction: MICorrection = "none", seed: int = 0) -> Tensor:
-    """Mutual information of all pairs of discrete variables.
+    """Estimate the mutual information of all pairs of discrete variables, in nats.
 
     Args:
         codes: ``(N, S)`` integers from 0 up.
+        correction, seed: see :func:`mutual_information`.
 
     Returns:
         ``(N, N)`` float64 on the device of ``codes``.
+
+    Raises:
+        ValueError: ``codes`` are not integers of that shape, or unknown correction.
+
+    Example:
+        >>> mutual_information_from_codes(torch.tensor([[0, 0, 1, 1], [2, 2, 0, 0]]))[0, 1]  # ln 2
+        tensor(0.6931, dtype=torch.float64)
     """
     if codes.ndim != 2 or codes.is_floating_point() or 0 in codes.shape:
         raise ValueError(f"codes must be integers of shape (N, S), got {codes.dtype} {tuple(codes.shape)}.")
     if correction not in ("none", "miller_madow", "shuffle"):
         raise ValueError(f"Unknown correction {correction!r}; use 'none', 'miller_madow' or 'shuffle'.")
     codes = codes.to(torch.int32)
-    low, high = torch.aminmax(codes, dim=1)  # under global bins most units use a small part of them
+    low, high = torch.aminmax(codes, dim=1)  # global bins: most units occupy few of them
     codes, widths = (codes - low[:, None]).contiguous(), (high - low + 1).tolist()
     size = codes.shape[1]
     joint, cells = _joint_entropies(codes, codes, widths, correction == "miller_madow")
@@ -109,10 +146,11 @@ def mutual_information_from_codes(codes: Tensor, correction: MICorrection = "non
 
 
 def _joint_entropies(a: Tensor, b: Tensor, widths: list[int], count_cells: bool) -> tuple[Tensor, Tensor]:
-    """Entropy of (a_i, b_j) for i ≤ j, mirrored, and the number of cells in use (where asked for).
+    """Compute the entropy of (a_i, b_j) for i ≤ j, mirrored, and (if asked for) the number of occupied cells.
 
-    The joint table of 2,500 samples in 100 × 100 bins is all but empty, so it is never read as a whole when it has more
-    cells than there are samples: Σ_c c ln c over cells is Σ_s ln c(s) over samples, a gather of the counts.
+    With n_c examples in cell c, H = −Σ_c (n_c / S) ln(n_c / S) = ln S − (1 / S) Σ_c n_c ln n_c.  The table of 2,500
+    examples in 100 × 100 bins is nearly empty, so where it has more cells than there are examples the sum runs over
+    examples instead: Σ_c n_c ln n_c = Σ_s ln n_{c(s)}, and the number of occupied cells is Σ_s 1 / n_{c(s)}.
     """
     units, size = a.shape
     joint = torch.zeros(units, units, dtype=torch.float64, device=a.device)

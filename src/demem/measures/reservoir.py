@@ -1,38 +1,114 @@
-"""A uniform sample of rows in bounded memory that does not depend on the order in which they come."""
+"""Draw a uniform sample of rows in bounded memory that does not depend on their order."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def reservoir_keys(positions: Tensor, seed: int = 0) -> Tensor:
-    """A pseudo-random number for each position: the rows with the smallest ones are the sample.
+    """Hash positions to pseudo-random keys: the rows with the smallest keys are the sample.
 
-    The keys depend on position and seed only, so batches may come in any order, and samples of several processes
-    merge into the sample of one (64-bit finaliser of MurmurHash3).
+    Keys depend on position and seed only, so batches may come in any order, and the samples of several processes merge
+    into the sample of one.
 
     Args:
-        positions: ``(S,)`` integers that name the rows, e.g. their positions in the data set.
+        positions: ``(S,)`` integers that identify the rows, e.g. their positions in the data set.
+        seed: selects another sample.
 
     Returns:
         ``(S,)`` int64, distinct for distinct positions.
+
+    Source: the 64-bit finaliser of MurmurHash3, a bijection of the 64-bit integers.
+
+    Example:
+        >>> keys = reservoir_keys(torch.arange(1000))
+        >>> bool((keys[500:] == reservoir_keys(torch.arange(500, 1000))).all())  # another batch, the same keys
+        True
     """
     h = positions.long() + seed * 0x632BE59BD9B4E019 % 2**62
     for multiplier in (-0x00AE502812AA7333, -0x3B314601E57A13AD):
-        # torch shifts int64 arithmetically; masking makes the shift a logical one.
+        # torch shifts int64 arithmetically; the mask makes it a logical shift.
         h = (h ^ ((h >> 33) & (2**31 - 1))) * multiplier
     return h ^ ((h >> 33) & (2**31 - 1))
 
 
 def reservoir_compact(keys: Tensor, rows: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Drop all but the ``capacity`` rows with the smallest keys; what is left is in the order of the keys.
+    """Keep the ``capacity`` rows with the smallest keys, in the order of the keys.
 
     Args:
         keys: ``(S,)`` from :func:`reservoir_keys`.
         rows: ``(S, N)``.
-        capacity: most rows to keep.  As long as there are no more, all are kept in the order they came.
+        capacity: number of rows to keep.  If there are no more, all are kept in their present order.
+
+    Returns:
+        The kept keys and rows.
+
+    Example:
+        >>> keys, rows = torch.empty(0, dtype=torch.long), torch.empty(0, 1)
+        >>> for batch in torch.arange(1000).split(100):  # a stream
+        ...     keys, rows = torch.cat([keys, reservoir_keys(batch)]), torch.cat([rows, batch[:, None]])
+        ...     keys, rows = reservoir_compact(keys, rows, capacity=200)
+        >>> len(rows), abs(float(rows.mean()) - 499.5) < 50
+        (200, True)
     """
     if len(keys) <= capacity:
         return keys, rows
     keys, order = keys.sort(stable=True)
     return keys[:capacity], rows[order[:capacity].to(rows.device)]
+
+
+class Reservoir:
+    """A uniform sample of at most ``capacity`` of the rows that came, in the order in which they came.
+
+    It holds fewer than twice ``capacity`` rows and a batch: what is not of the sample is dropped only then, so that a
+    row is copied about twice, however many come.
+
+    Args:
+        capacity: most rows of the sample.
+        seed: of the draw, see :func:`reservoir_keys`.
+
+    Example:
+        >>> reservoir = Reservoir(capacity=200)
+        >>> for positions in torch.arange(1000).split(100):  # a stream
+        ...     reservoir.add(positions, positions[:, None].float())
+        >>> positions, rows = reservoir.sample()
+        >>> len(rows), abs(float(rows.mean()) - 499.5) < 50
+        (200, True)
+    """
+
+    def __init__(self, capacity: int, seed: int = 0) -> None:
+        self.capacity = capacity
+        self.seed = seed
+        self._positions: list[Tensor] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, positions: Tensor, rows: Tensor) -> None:
+        """Take in rows ``(B, N)`` with the integers ``(B,)`` that name them, e.g. positions in the data set."""
+        self._positions.append(positions)
+        self._rows.append(rows)
+        if sum(map(len, self._positions)) >= 2 * self.capacity:
+            self._compact()
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Positions ``(S,)`` and rows ``(S, N)``, with S at most ``capacity``.
+
+        Raises:
+            RuntimeError: nothing came.
+        """
+        if not self._rows:
+            raise RuntimeError("The reservoir has no rows yet: call add() first.")
+        self._compact()
+        return torch.cat(self._positions), torch.cat(self._rows)
+
+    def _compact(self) -> None:
+        sizes = [len(positions) for positions in self._positions]
+        if sum(sizes) <= self.capacity:
+            return
+        keys = reservoir_keys(torch.cat(self._positions), self.seed)
+        kept = torch.zeros_like(keys, dtype=torch.bool)
+        kept[keys.sort(stable=True).indices[: self.capacity]] = True
+        parts = torch.split(kept, sizes)
+        self._positions = [p[k] for p, k in zip(self._positions, parts, strict=True)]
+        for i, part in enumerate(parts):  # in place: no second copy of everything
+            self._rows[i] = self._rows[i][part.to(self._rows[i].device)]

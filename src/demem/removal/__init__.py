@@ -1,9 +1,20 @@
-"""What is done about memorising units: masks and head refits in rounds, and interventions with exact undo.
+"""What is done about memorising units (the cure), as functions of tensors and modules; nothing here knows a Trainer.
 
 While the network trains, :class:`Forgetting` penalises the units that know the inferred attribute best within the
 class; :func:`harm_scores` and :func:`rewind` take back learned changes that hurt unseen minority examples.
+
+With the groups that :mod:`demem.groups` inferred, after training:
+
+1. :func:`remove_in_rounds` scores the units that the head reads, masks those that memorise and refits the head on
+   held-out examples, with more units masked every round; :func:`choose_round` says which round to keep, and the network
+   as trained is one of them.
+2. :func:`fine_tune` trains the whole network for a few passes on the :func:`tuning_subset` of the held-out examples.
+
+:func:`intervene` changes single units (zero, mean, noise, rewind …) and undoes it bit for bit, for experiments that ask
+what a unit does.
 """
 
+from demem.removal.fine_tuning import FineTuned, fine_tune, tuning_subset
 from demem.removal.forget import (
     Forgetting,
     Forgotten,
@@ -18,18 +29,24 @@ from demem.removal.interventions import apply, intervene, intervene_weights
 from demem.removal.rewind import Harm, balanced_losses, harm_scores, rewind, rewindable_sites
 from demem.removal.rounds import (
     MASKED_SHARES,
+    SMOOTHING,
+    TRACED,
     Examples,
     Round,
+    RoundRecord,
+    check_shares,
     choose_round,
     clearly_better,
-    largest_groups,
     remove_in_rounds,
     worst_group,
 )
 
 __all__ = [
     "MASKED_SHARES",
+    "SMOOTHING",
+    "TRACED",
     "Examples",
+    "FineTuned",
     "Forgetting",
     "Forgotten",
     "ForgottenUnit",
@@ -37,21 +54,24 @@ __all__ = [
     "Harm",
     "Probe",
     "Round",
+    "RoundRecord",
     "apply",
     "at_random",
     "attribute_information",
     "balanced_losses",
+    "check_shares",
     "choose_round",
     "clearly_better",
+    "fine_tune",
     "group_moments",
     "harm_scores",
     "information_gradient",
     "intervene",
     "intervene_weights",
-    "largest_groups",
     "most_informed",
     "remove_in_rounds",
     "rewind",
     "rewindable_sites",
+    "tuning_subset",
     "worst_group",
 ]

@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from demem.batch import call_model
 from demem.removal.information import FLOOR, Moments, attribute_information, group_moments, information_gradient
 from demem.sites import Site, eager, find_sites, reduce_activation
-from demem.sites.find import first_tensor
 from demem.tracing.capture import ALONE, Ranks
 from demem.tracing.topk import top_units
 
@@ -63,7 +61,7 @@ class FrozenProbe:
         (self.site,) = find_sites(self.model, site.name)
         self.attribute = attribute
         self._read: Tensor | None = None
-        _hook(self.site, self._stop)
+        self.site.hook(self._stop)
 
     def __call__(self, x: Any) -> Tensor:
         """Attributes ``(B,)`` of a batch of inputs.
@@ -271,9 +269,9 @@ class Forgetting:
     def __enter__(self) -> Forgetting:
         self._stack.enter_context(eager())
         for site in self.sites:
-            self._stack.callback(_hook(site, partial(self._attach, site)).remove)
+            self._stack.callback(site.hook(partial(self._attach, site)).remove)
         if self.probe is not None:
-            self._stack.callback(_hook(self.probe.site, self._read_probe).remove)
+            self._stack.callback(self.probe.site.hook(self._read_probe).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -482,13 +480,6 @@ class _Batch(NamedTuple):
     y: Tensor
     attribute: Tensor | None
     scale: float | Tensor
-
-
-def _hook(site: Site, seen: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call ``seen`` with the activation of a site whenever its layer runs."""
-    if site.side == "output":
-        return site.module.register_forward_hook(lambda module, args, output: seen(first_tensor(output)))
-    return site.module.register_forward_pre_hook(lambda module, args: seen(first_tensor(args)))
 
 
 def _pool(site: Site, activation: Tensor) -> Tensor:

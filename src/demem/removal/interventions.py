@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from demem.sites import Site
-from demem.tracing.weights import unit_of_weight
+from demem.tracing import unit_of_weight
 
 Intervention = Literal["zero", "mean", "noise", "reinitialise", "rewind"]
 Units = Mapping[str, "Tensor | Sequence[int]"]
@@ -47,6 +47,13 @@ def intervene(
 
     Afterwards the weights are what they were, bit for bit, also after an exception.  The random state is only used, and
     moved on, by ``noise`` and ``reinitialise`` (give a ``generator`` to leave the global one alone).
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(2, 3))
+        >>> with intervene(model, find_sites(model, "0"), {"0": [1]}):
+        ...     model(torch.ones(1, 2))[0, 1].item()
+        0.0
     """
     undo = apply(
         model,
@@ -117,6 +124,16 @@ def apply(
 
     Raises:
         ValueError: unknown kind, site or unit; a site without weights of its own; or what the kind needs is missing.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Linear(2, 3)
+        >>> undo = apply(model, [site := find_sites(nn.Sequential(model), "0")[0]], {site.name: [1]})
+        >>> model(torch.ones(1, 2))[0, 1].item()
+        0.0
+        >>> undo()
+        >>> bool(model(torch.ones(1, 2))[0, 1] != 0)
+        True
     """
     if kind not in _KINDS:
         raise ValueError(f"Unknown intervention {kind!r}; use one of {', '.join(_KINDS)}.")
@@ -178,6 +195,12 @@ def intervene_weights(
 
     Raises:
         ValueError: unknown kind or parameter, or a mask of another shape.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> with intervene_weights(model, {"weight": torch.tensor([[True, False]])}):
+        ...     model.weight[0, 0].item()
+        0.0
     """
     if kind not in _KINDS or kind == "mean":
         raise ValueError(f"Unknown intervention {kind!r} for single weights; use zero, noise, reinitialise or rewind.")

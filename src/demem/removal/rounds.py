@@ -17,6 +17,7 @@ from demem.tracing import atypical_by_margin, linear_score, margins
 MASKED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.86, 0.9)
 # Keeps a group of a handful of examples (label noise) from ruling a balanced fit.
 SMOOTHING = 0.02
+TRACED = 500  # training examples of each group that units and heads are traced on, where there are more
 JUDGED_SUBSETS = 5  # for each of the heads that only judge a round
 FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
 FEWEST_ATYPICAL = 2  # examples of a class; a head balanced on fewer follows chance
@@ -29,6 +30,23 @@ class Examples(NamedTuple):
     features: Tensor
     y: Tensor
     group: Tensor
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What is kept of a round: enough to say what was done, small enough for a checkpoint.
+
+    Attributes:
+        refit: whether the head was refitted; not so for the network as trained.
+        share: fraction of the units that are masked.
+        worst: cross-fitted accuracy on the worst (true or inferred) group of the held-out examples, a fraction.
+        chosen: whether this round was kept.
+    """
+
+    refit: bool
+    share: float
+    worst: float
+    chosen: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,10 @@ class Round:
     worst: float
     standard_error: float
     refit: Callable[[], LinearHead]
+
+    def record(self, chosen: bool, refit: bool) -> RoundRecord:
+        """What to keep of the round."""
+        return RoundRecord(refit, self.share, self.worst, chosen)
 
     @cached_property
     def head(self) -> LinearHead:
@@ -85,8 +107,8 @@ def remove_in_rounds(
         trained: its head.
         num_classes: number of classes.
         shares: of the units to mask, growing, each in (0, 1).
-        typical: ``(C,)`` the typical group of each class (:func:`largest_groups`); held-out examples of other groups
-            are atypical.  Without it, and where a class has no others, the examples with the lowest margins are.
+        typical: ``(C,)`` the typical group of each class (:func:`demem.groups.largest_groups`); held-out examples of
+            other groups are atypical.  Without it, and where a class has no others, those with the lowest margins are.
         atypical_share: of each class, by margin.
         l2: see :func:`demem.linear.fit_linear`.
 
@@ -96,6 +118,13 @@ def remove_in_rounds(
     Raises:
         ValueError: shares do not grow or are outside (0, 1); a class is absent from the held-out examples; features
             are not finite.
+
+    Example:
+        >>> y = torch.arange(80) % 2
+        >>> examples = Examples(y[:, None] + 0.1 * torch.randn(80, 4), y, y)
+        >>> trained = LinearHead(torch.zeros(2, 4), torch.zeros(2))
+        >>> [round_.share for round_ in remove_in_rounds(examples, examples, trained, num_classes=2, shares=(0.5,))]
+        [0.0, 0.0, 0.5]
     """
     check_shares(shares)
     missing = sorted(set(range(num_classes)) - set(held_out.y.tolist()))
@@ -130,17 +159,15 @@ def remove_in_rounds(
 
 
 def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
-    """The shares, or a :class:`ValueError` if they do not grow or are outside (0, 1)."""
+    """The shares, or a :class:`ValueError` if they do not grow or are outside (0, 1).
+
+    Example:
+        >>> check_shares([0.2, 0.5])
+        (0.2, 0.5)
+    """
     if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
         raise ValueError(f"Masked shares must grow and lie in (0, 1), got {list(shares)}.")
     return tuple(float(s) for s in shares)
-
-
-def largest_groups(y: Tensor, group: Tensor, num_classes: int) -> Tensor:
-    """``(C,)`` the largest group of each class; :math:`-1` for a class without examples."""
-    return torch.stack(
-        [(group[y == c].mode().values if bool((y == c).any()) else group.new_tensor(-1)) for c in range(num_classes)]
-    )
 
 
 def _atypical(held_out: Examples, typical: Tensor) -> Tensor:
@@ -161,6 +188,11 @@ def clearly_better(right: Tensor, than: Tensor, cell: Tensor) -> bool:
         right: ``(S,)`` bool, whether the head is right on each example.
         than: the same of the other head.
         cell: ``(S,)`` indices.
+
+    Example:
+        >>> right = torch.ones(40, dtype=torch.bool)
+        >>> clearly_better(right, ~right, torch.arange(40) % 2), clearly_better(right, right, torch.arange(40) % 2)
+        (True, False)
     """
     difference = right.float() - than.float()
     cells = [difference[cell == k] for k in _judged(cell)]
@@ -176,8 +208,8 @@ def choose_round(
     """Index of the round to keep.
 
     Of the refits it is the first whose worst-group accuracy on held-out examples is within ``tolerance`` standard
-    errors of the best: what a small set cannot tell apart is settled by masking less (the one-standard-error rule of
-    Breiman et al. 1984).
+    errors of the best: where a small set cannot distinguish rounds, the smaller mask is kept (the one-standard-error
+    rule of Breiman et al. 1984).
 
     The network stays as trained (index 0) where the refit has nothing new to go by and is not clearly better
     (:func:`clearly_better`, over the typical and the atypical examples of each class): the groups are unknown, or the
@@ -190,6 +222,14 @@ def choose_round(
         typical: ``(C,)`` the typical group of each class.
         tolerance: see above.
         groups_known: the held-out examples' groups say more than their classes.
+
+    Example:
+        >>> y = torch.arange(80) % 2
+        >>> examples = Examples(y[:, None] + 0.1 * torch.randn(80, 4), y, 2 * y + (torch.arange(80) < 20))
+        >>> trained = LinearHead(torch.zeros(2, 4), torch.zeros(2))
+        >>> rounds = remove_in_rounds(examples, examples, trained, num_classes=2, shares=(0.5,))
+        >>> choose_round(rounds, examples, torch.tensor([0, 2]))  # refitted, and nothing masked
+        1
     """
     best = max(rounds[1:], key=lambda r: r.worst)
     refit = next(i for i, r in enumerate(rounds) if i > 0 and r.worst >= best.worst - tolerance * best.standard_error)
@@ -210,8 +250,16 @@ def _judged(group: Tensor) -> list[int]:
 
 
 def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> tuple[float, float]:
-    """Accuracy on the worst group and its standard error; groups of fewer than 5 examples are too few to judge and left
-    out, unless there are no others."""
+    """Accuracy on the worst group and its standard error, both fractions.
+
+    Groups of fewer than 5 examples are too few to judge and left out, unless there are no others.
+
+    Example:
+        >>> y, group = torch.zeros(20, dtype=torch.long), torch.arange(20) // 10
+        >>> logits = torch.eye(2)[group]  # the second group is taken for another class
+        >>> worst_group(logits, y, group)[0]
+        0.0
+    """
     return _worst(logits.argmax(1) == y, group)
 
 

@@ -2,24 +2,25 @@
 
 A *site* is one side (output or input) of one layer; a *unit* is one channel of a convolution, one feature of a
 linear layer or of a token, or one attention head.  Patterns are globs over ``named_modules()``: ``*`` stands for
-one part of a dotted name, ``**`` for any number of parts.  A suffix picks the side:
+one part of a dotted name, ``**`` for any number of parts.  A suffix selects the side:
 
-=====================  =======================================================================================
-``"layer1.*.conv2"``   outputs of the matching layers
-``"head:input"``       what the layer reads, e.g. the residual stream (or pooled features) before the head
-``"blocks.*.attn:heads"``  attention heads: what the output projection of an attention module reads, by head
-=====================  =======================================================================================
+=========================  ================================================================================
+``"layer1.*.conv2"``       outputs of the matching layers
+``"head:input"``           inputs of the layer, e.g. the residual stream or the pooled features before the head
+``"blocks.*.attn:heads"``  attention heads: inputs of an attention module's output projection, head by head
+=========================  ================================================================================
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Side = Literal["output", "input"]
 
@@ -44,12 +45,22 @@ class Site:
     """One side of one layer, and how its channels form units.
 
     Attributes:
-        name: as the user would write it, e.g. ``"layer1.0.conv2"``, ``"fc:input"``, ``"blocks.0.attn:heads"``.
-        module: the layer whose output or input is meant.
-        side: ``"output"`` or ``"input"``.
-        num_units: how many units; ``None`` where only a forward pass can tell (activations, blocks, pools).
-        channels_per_unit: consecutive channels that form one unit (the head width for ``:heads``, else 1).
-        batch_first: activations are ``(B, T, C)``; in torch's transformers with ``batch_first=False``, ``(T, B, C)``.
+        name: the pattern that matches this site alone: ``"layer1.0.conv2"``, ``"fc:input"``, ``"blocks.0.attn:heads"``.
+        module: the layer.
+        side: ``"output"`` or ``"input"`` of the layer.
+        num_units: number of units N; ``None`` where only a forward pass shows it (activations, blocks, pools).
+        channels_per_unit: number of consecutive channels that form one unit (the head width for ``:heads``, else 1).
+        batch_first: activations are ``(B, T, C)``; ``False`` for ``(T, B, C)`` in some of torch's transformers.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> site = find_sites(model, "2:input")[0]
+        >>> site.name, site.side, site.num_units
+        ('2:input', 'input', 3)
+        >>> handle = site.hook(torch.zeros_like)  # what the last layer reads is replaced by zeros
+        >>> bool((model(torch.randn(5, 4)) == model[2].bias).all())
+        True
+        >>> handle.remove()
     """
 
     name: str
@@ -60,15 +71,49 @@ class Site:
     batch_first: bool = True
 
     def examples_first(self, activation: Tensor) -> Tensor:
-        """``activation`` with the batch as its first axis (a view)."""
+        """Return a view of ``activation`` with the batch as its first axis."""
         return activation if self.batch_first or activation.ndim != 3 else activation.transpose(0, 1)
 
     def unit_axis(self, activation: Tensor) -> int:
-        """The axis of ``activation`` that counts channels, as a negative index."""
+        """Return the axis of ``activation`` that counts channels, as a negative index."""
         return unit_axis(self.module, activation)
 
+    def hook(self, function: Callable[[Tensor], Tensor | None], prepend: bool = False) -> RemovableHandle:
+        """Call ``function`` with the site's activation in every forward pass.
+
+        Args:
+            function: takes the tensor that the layer returns (or reads) and returns its replacement, or ``None`` to
+                keep it.  In a tuple, list or dict it takes the first tensor.
+            prepend: run before the hooks that are already registered, e.g. those of :class:`demem.sites.Gates`.
+
+        Returns:
+            A handle whose ``remove()`` takes the hook off.
+        """
+
+        def edit(value: object) -> object:
+            result = function(first_tensor(value))
+            return None if result is None else replace_first_tensor(value, result)
+
+        return self.register(lambda module, *call: edit(call[-1]), prepend)
+
+    def register(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Register one of torch's own hooks on the site's side.
+
+        Args:
+            hook: ``(module, args, output)`` on the output side, ``(module, args)`` on the input side.  A module-level
+                function survives ``copy.deepcopy`` and pickling of the model.
+            prepend: run before the hooks that are already registered.
+        """
+        if self.side == "output":
+            return self.module.register_forward_hook(hook, prepend=prepend)
+        return self.module.register_forward_pre_hook(hook, prepend=prepend)
+
     def require_num_units(self) -> int:
-        """``num_units``, or a :class:`ValueError` that says what to name instead."""
+        """Return ``num_units``.
+
+        Raises:
+            ValueError: it is not known before a forward pass; the message says which layer to name instead.
+        """
         if self.num_units is None:
             raise ValueError(
                 f"The number of units at site {self.name!r} ({type(self.module).__name__}) is not known before a "
@@ -79,11 +124,12 @@ class Site:
 
 
 def unit_axis(module: nn.Module, activation: Tensor) -> int:
-    """Axis of the channels in what ``module`` reads or returns, as a negative index.
+    """Return the channel axis of what ``module`` reads or returns, as a negative index.
 
     Convolutions, batch and group norms: ``(B, C, *spatial)``.  Linear, layer norm, attention: ``(B, ..., C)``.
-    Anything else is read by its rank, 4-D and 5-D as ``(B, C, *spatial)`` and otherwise as ``(B, ..., C)``, unless only
-    the other axis has the width of a layer in it (blocks of 1-D convolutions; Swin's, which return ``(B, H, W, C)``).
+    Other modules: ``(B, C, *spatial)`` for 4-D and 5-D activations and ``(B, ..., C)`` for the rest, unless only the
+    other axis is as long as a layer inside the module is wide (blocks of 1-D convolutions; Swin's blocks, which return
+    ``(B, H, W, C)``).
     """
     if isinstance(module, nn.modules.conv._ConvNd):
         return -1 - len(module.kernel_size)
@@ -97,19 +143,58 @@ def unit_axis(module: nn.Module, activation: Tensor) -> int:
     return other if activation.shape[axis] not in widths and activation.shape[other] in widths else axis
 
 
+def own_weight(site: Site) -> nn.Parameter:
+    """Return the weight of a site's layer, if its elements belong to the site's units and can be changed.
+
+    Raises:
+        ValueError: the layer has no such weight (blocks, activations, pools, norms without parameters, torch's
+            attention), or its weight is computed from other parameters (weight norm, spectral norm).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> own_weight(find_sites(model, "0")[0]) is model[0].weight
+        True
+        >>> own_weight(find_sites(model, "1")[0])
+        Traceback (most recent call last):
+        ValueError: Site '1' (ReLU) has no weight of its own by unit. Name convolution, linear or norm layers for
+        this, e.g. '**.conv2'.
+    """
+    module = site.module
+    by_unit = site.num_units is not None and not isinstance(module, nn.MultiheadAttention)
+    weight = module._parameters.get("weight")  # the attribute of a parametrised layer is computed
+    if by_unit and weight is not None:
+        return weight
+    if by_unit and isinstance(getattr(module, "weight", None), Tensor):
+        raise ValueError(
+            f"The weight of site {site.name!r} is computed from others, so it has no gradient of its own and cannot be "
+            "changed. Call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first (for the old "
+            "weight_norm and spectral_norm their own remove_ function)."
+        )
+    raise ValueError(
+        f"Site {site.name!r} ({type(module).__name__}) has no weight of its own by unit. Name convolution, linear or "
+        "norm layers for this, e.g. '**.conv2'."
+    )
+
+
 def find_sites(model: nn.Module, patterns: str | Sequence[str]) -> list[Site]:
-    """Resolve patterns (see the module docstring) to sites, in the order of ``model.named_modules()``.
+    """Resolve layer patterns to sites, in the order of ``model.named_modules()``.
 
     Args:
-        model: any module; a ``torch.compile``d part is looked through.
-        patterns: one glob or several; ``"**"`` matches every layer.
+        model: any module; compiled parts (``torch.compile``) go by the names of the layers inside them.
+        patterns: one glob or several: ``*`` for one part of a dotted name, ``**`` for any number of parts; with the
+            suffix ``:output`` (default), ``:input`` or ``:heads``.
 
     Returns:
         At least one site per pattern, without repeats.
 
     Raises:
-        ValueError: a pattern matches nothing (the message lists what there is), its suffix is unknown, or
-            ``:heads`` meets a module that is not attention.
+        ValueError: a pattern matches nothing (the message lists the layers), its suffix is unknown, or ``:heads``
+            matches a module that is not attention.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+        >>> [(site.name, site.num_units) for site in find_sites(model, ["0", "3:input"])]
+        [('0', 8), ('3:input', 288)]
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
@@ -136,13 +221,22 @@ def find_sites(model: nn.Module, patterns: str | Sequence[str]) -> list[Site]:
 
 
 def find_head(model: nn.Module, name: str | None = None) -> tuple[str, nn.Linear]:
-    """The linear layer that makes the logits, with its qualified name.
+    """Find the linear layer that computes the logits.
 
-    Without ``name`` the classifier is the one that a timm model names with ``get_classifier()``, else the last
-    ``nn.Linear`` in definition order.
+    Args:
+        model: any module.
+        name: qualified name of the layer.  Without it, the layer that a timm model returns from ``get_classifier()``,
+            else the last ``nn.Linear`` in the order of definition.
+
+    Returns:
+        Its qualified name and the layer.
 
     Raises:
         ValueError: there is no such layer, or it is not an ``nn.Linear``.
+
+    Example:
+        >>> find_head(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+        ('2', Linear(in_features=3, out_features=2, bias=True))
     """
     layers = named_layers(model)
     if name is not None:
@@ -168,14 +262,23 @@ def find_head(model: nn.Module, name: str | None = None) -> tuple[str, nn.Linear
 
 
 def default_sites(model: nn.Module, head: str | None = None) -> list[Site]:
-    """Sites worth watching when the user names none: blocks or stages of a timm or torchvision model and the head's
-    input; for a plain network the outputs of its convolutions and linear layers, the head left out.
+    """Choose sites where the user names none.
 
-    Some may not run in the forward pass (a projector for another loss): read them with ``optional=True``.
+    They are the blocks or stages of a timm or torchvision model and the head's input; in a plain network the outputs of
+    its convolutions and linear layers except the head, and the head's input.  Some may not run in the forward pass (a
+    projector for another loss), so read them with ``optional=True``.
 
     Args:
-        model: the module.
-        head: see :func:`find_head`.
+        model: any module with a linear head.
+        head: name of the head, see :func:`find_head`.
+
+    Raises:
+        ValueError: as :func:`find_head`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> [site.name for site in default_sites(model)]
+        ['0', '2:input']
     """
     head_name, head_layer = find_head(model, head)
     layers = named_layers(model)
@@ -198,11 +301,16 @@ def default_sites(model: nn.Module, head: str | None = None) -> list[Site]:
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """``named_modules()`` without the root, and without the ``_orig_mod`` that ``torch.compile`` puts in names."""
+    """Return ``named_modules()`` without the root, and without the ``_orig_mod`` that ``torch.compile`` adds to names.
+
+    Example:
+        >>> list(named_layers(nn.Sequential(torch.compile(nn.Linear(4, 3)), nn.ReLU())))
+        ['0', '1']
+    """
     layers = {}
     for name, module in model.named_modules():
         clean = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        if clean:  # a compiled layer comes twice, wrapper first: the layer itself is the one whose hooks run
+        if clean:  # wrapper and layer have the same name; the layer comes second, and only its hooks run
             layers[clean] = module
     return layers
 
@@ -213,7 +321,7 @@ def _make_site(layers: Mapping[str, nn.Module], name: str, suffix: str) -> Site:
         projection = _head_projection(module)
         if projection is None:
             raise ValueError(
-                f"{name!r} ({type(module).__name__}) has no attention heads that can be told apart: ':heads' needs "
+                f"{name!r} ({type(module).__name__}) has no attention heads that can be separated: ':heads' needs "
                 "a module with 'num_heads' and a linear output projection called 'proj', 'out_proj' or 'out' that "
                 "is called as a layer (nn.MultiheadAttention calls its projection by function)."
             )
@@ -225,7 +333,7 @@ def _make_site(layers: Mapping[str, nn.Module], name: str, suffix: str) -> Site:
 
 
 def _batch_first(layers: Mapping[str, nn.Module], name: str) -> bool:
-    """False in one of torch's own transformers whose attention has the sequence first."""
+    """Return False inside a transformer of torch's own whose attention has the sequence first."""
     parts = name.split(".")
     around = [layers.get(".".join(parts[: i + 1])) for i in range(len(parts))]
     attention = [m for a in around if isinstance(a, _TRANSFORMERS) for m in a.modules()]
@@ -295,7 +403,16 @@ def _listing(names: Sequence[str], limit: int = 60) -> str:
 
 
 def first_tensor(value: object) -> Tensor:
-    """The tensor itself, or the first of a tuple, list or dict (attention and Hugging Face layers return those)."""
+    """Return a tensor itself, or the first one of a tuple, list or dict (as attention layers return them).
+
+    Raises:
+        TypeError: ``value`` holds no tensor in the first place.
+
+    Example:
+        >>> attention = nn.MultiheadAttention(4, num_heads=2)  # returns values and weights
+        >>> first_tensor(attention(*[torch.randn(3, 1, 4)] * 3)).shape
+        torch.Size([3, 1, 4])
+    """
     if isinstance(value, Tensor):
         return value
     if isinstance(value, dict) and value:
@@ -306,7 +423,7 @@ def first_tensor(value: object) -> Tensor:
 
 
 def replace_first_tensor(value: object, tensor: Tensor) -> object:
-    """A copy of ``value`` in which the tensor that :func:`first_tensor` finds is replaced."""
+    """Copy ``value`` with the tensor that :func:`first_tensor` finds replaced."""
     if isinstance(value, Tensor):
         return tensor
     if isinstance(value, dict):
@@ -323,7 +440,20 @@ def replace_first_tensor(value: object, tensor: Tensor) -> object:
 
 
 def check_finite(tensor: Tensor, where: str) -> Tensor:
-    """``tensor`` itself, or a :class:`ValueError` that names the place if it holds NaN or infinity."""
+    """Return ``tensor`` unchanged if all its values are finite.
+
+    Args:
+        tensor: any tensor.
+        where: where it comes from, for the message.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+
+    Example:
+        >>> check_finite(torch.tensor([1.0, float("nan")]), "site 'fc:input'")
+        Traceback (most recent call last):
+        ValueError: 1 of 2 values at site 'fc:input' are NaN or infinite. ...
+    """
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(

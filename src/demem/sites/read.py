@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,24 +12,36 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from demem.batch import apply_model, as_logits
-from demem.sites.find import Site, check_finite, first_tensor, named_layers
+from demem.sites.find import Site, check_finite, named_layers
 
 Reduce = Literal["auto", "mean", "max", "first_token", "positions"]
 
 
 def reduce_activation(site: Site, activation: Tensor, reduce: Reduce = "auto") -> Tensor:
-    """Turn one layer's activation into a matrix with a row per sample and a column per unit.
+    """Reduce one layer's activation to a matrix with one row per example and one column per unit.
 
     Args:
-        site: tells which axis counts units.
+        site: the layer and the axis that counts its units.
         activation: ``(B, C)``, ``(B, C, *spatial)`` or ``(B, T, C)``; ``(T, B, C)`` where the site is not batch first.
         reduce: over space or tokens: ``"mean"``, ``"max"``, ``"first_token"`` (token axis only), ``"positions"``
-            (every position becomes a row of its own), or ``"auto"``: mean over space, first token of a sequence
-            (the choices of Bansal et al. 2022).
+            (one row per position), or ``"auto"``: mean over space, first token of a sequence.
 
     Returns:
-        ``(B, N)``, or ``(B·positions, N)`` for ``"positions"``.  For attention heads a unit's value is the root mean
-        square over its channels.
+        ``(B, N)``, or ``(B·positions, N)`` for ``"positions"``, in units of the activation.  The value of an attention
+        head is the root mean square over its channels.
+
+    Raises:
+        ValueError: unknown reduction, or ``"first_token"`` of a layer without tokens.
+
+    Source: ``"auto"`` makes the choices of Bansal et al. 2022.
+
+    Example:
+        >>> site = Site("conv", nn.Conv2d(3, 8, 3))
+        >>> maps = torch.randn(5, 8, 6, 6)
+        >>> torch.equal(reduce_activation(site, maps), maps.mean((2, 3)))
+        True
+        >>> reduce_activation(site, maps, "positions").shape
+        torch.Size([180, 8])
     """
     activation = site.examples_first(activation)
     axis = site.unit_axis(activation)
@@ -54,7 +67,7 @@ def reduce_activation(site: Site, activation: Tensor, reduce: Reduce = "auto") -
     raise ValueError(f"Unknown reduction {reduce!r}; use auto, mean, max, first_token or positions.")
 
 
-_eager: list[ExitStack] = []  # empty outside, one entry inside; two monitors may leave in the order they came
+_eager: list[ExitStack] = []  # one entry while in use: two monitors may leave in the order in which they entered
 _eager_users = 0
 
 
@@ -62,7 +75,14 @@ _eager_users = 0
 def eager() -> Iterator[None]:
     """Run compiled modules as plain ones, and attention without its fused fast path, so that hooks inside them run.
 
-    Uses may overlap in any order; the last one to leave restores what the first one found.
+    Uses may overlap in any order; the last one to leave restores the settings that the first one found.
+
+    Example:
+        >>> model = torch.compile(nn.Linear(4, 3))
+        >>> handle = model.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        >>> with eager():
+        ...     bool(model(torch.randn(5, 4)).any())
+        False
     """
     global _eager_users
     if _eager_users == 0:
@@ -85,20 +105,23 @@ def eager() -> Iterator[None]:
 class ActivationReader:
     """Context manager that collects the activations of several sites in one forward pass.
 
-    ::
-
-        with ActivationReader(sites) as reader:
-            model(x)
-            activations = reader.pop()      # {site name: (B, N)}
-
-    A model compiled with ``torch.compile`` runs eagerly meanwhile, since hooks added later have no effect on it.
-    Reduction happens inside the hook, so an in-place ReLU that follows cannot rewrite what was read.
+    A model compiled with ``torch.compile`` runs eagerly meanwhile, because hooks that are added later have no effect on
+    it.  Activations are reduced inside the hook, so that an in-place ReLU that follows cannot rewrite them.
 
     Args:
         sites: from :func:`demem.sites.find_sites`.
         reduce: see :func:`reduce_activation`; ``None`` keeps whole activations (cloned).
         ungated: read before the gates of :class:`demem.sites.Gates` are applied.
         optional: leave out layers that do not run, unless none does.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(288, 2))
+        >>> with ActivationReader(find_sites(model, ["0", "3:input"])) as reader:
+        ...     logits = model(torch.randn(5, 3, 8, 8))
+        ...     activations = reader.pop()
+        >>> {name: tuple(rows.shape) for name, rows in activations.items()}
+        {'0': (5, 8), '3:input': (5, 288)}
     """
 
     def __init__(
@@ -115,11 +138,7 @@ class ActivationReader:
     def __enter__(self) -> ActivationReader:
         self._stack.enter_context(eager())
         for site in self.sites:
-            if site.side == "output":
-                handle = site.module.register_forward_hook(self._output_hook(site), prepend=self.ungated)
-            else:
-                handle = site.module.register_forward_pre_hook(self._input_hook(site), prepend=self.ungated)
-            self._handles.append(handle)
+            self._handles.append(site.hook(partial(self._store, site), prepend=self.ungated))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,7 +149,9 @@ class ActivationReader:
         self._stack.close()
 
     def pop(self) -> dict[str, Tensor]:
-        """What was read since the last call; a layer that ran twice (shared module) gives its rows one after the other.
+        """Return ``{site name: (B, N)}`` of all forward passes since the last call, and forget them.
+
+        A layer that runs twice in a pass (a shared module) contributes two rows per example, one pass after the other.
 
         Raises:
             RuntimeError: a site's layer did not run.
@@ -147,47 +168,43 @@ class ActivationReader:
     def _store(self, site: Site, activation: Tensor) -> None:
         x = activation.detach()
         x = site.examples_first(x).clone() if self.reduce is None else reduce_activation(site, x, self.reduce)
-        # A view (2-D input, first token) would change under a later in-place operation.
+        # A view (2-D input, first token) would be rewritten by a later in-place operation.
         if x.untyped_storage().data_ptr() == activation.untyped_storage().data_ptr():
             x = x.clone()
         self._rows.setdefault(site.name, []).append(x)
 
-    def _output_hook(self, site: Site) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._store(site, first_tensor(output))
-
-        return hook
-
-    def _input_hook(self, site: Site) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            self._store(site, first_tensor(args))
-
-        return hook
-
 
 def deciding_heads(model: nn.Module, x: Any) -> list[str]:
-    """Linear layers that give the model's logits alone, up to a positive scale and what all classes share.
+    """Find linear layers whose output alone determines the model's logits, up to a positive scale and a shift that all
+    classes share.
 
-    Two heads whose logits are averaged, or an auxiliary one, do not count; nor does one whose output is squashed.
+    Two heads whose logits are averaged, an auxiliary head, or one whose output is squashed do not qualify.  A layer
+    qualifies if its centred output is proportional to the centred logits, and if negating (or shifting) the output
+    negates (or shifts) the logits.
 
     Args:
         model: maps ``x`` to logits.
-        x: one batch.
+        x: inputs of one batch.
 
     Returns:
         Qualified names, in the order of definition.
 
     Raises:
         ValueError: logits are not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.LogSoftmax(1))
+        >>> deciding_heads(model, torch.randn(5, 4))
+        ['2']
     """
     layers = {name: module for name, module in named_layers(model).items() if isinstance(module, nn.Linear)}
-    sites = [Site(name, layer) for name, layer in layers.items()]
-    with torch.no_grad(), ActivationReader(sites, "mean", optional=True) as reader:
+    sites = {name: Site(name, layer) for name, layer in layers.items()}
+    with torch.no_grad(), ActivationReader(list(sites.values()), "mean", optional=True) as reader:
         logits = _centred(check_finite(apply_model(model, x).float(), "the logits"))
         outputs = {name: _centred(as_logits(rows.float())) for name, rows in reader.pop().items()}
 
     def with_output(name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
-        hook = layers[name].register_forward_hook(lambda *call: change(call[-1]))
+        hook = sites[name].hook(change)
         try:
             return _centred(apply_model(model, x).float())
         finally:
@@ -196,7 +213,7 @@ def deciding_heads(model: nn.Module, x: Any) -> list[str]:
     def decides(name: str, output: Tensor) -> bool:
         if output.shape != logits.shape or (output * logits).sum() < 0.999 * output.norm() * logits.norm():
             return False
-        # Logits that hardly differ between examples resemble any head's; another head's would not change with it.
+        # Logits that hardly differ between examples resemble the output of any head, so intervene on this one.
         if bool(logits.any()):
             change, expected = with_output(name, torch.neg), -logits
         else:  # a new head of zeros

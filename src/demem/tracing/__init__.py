@@ -1,4 +1,8 @@
-"""Find the units that memorise: who is atypical, unit scores, critical units, the examples that were memorised."""
+"""Find the units that memorise: atypical examples, unit scores, critical units, memorised examples.
+
+All scores have the signature ``(model, sites, batches, *, atypical, ranks) → {site: (N,)}``, impacts on single examples
+``(model, sites, batches, *, ranks) → {site: (S, N)}``.  The model is left as it was.
+"""
 
 from demem.tracing.ablation import ablation_impact, set_unit
 from demem.tracing.activation_difference import activation_difference_score, median_difference
@@ -14,15 +18,14 @@ from demem.tracing.atypical import (
 )
 from demem.tracing.capture import Ranks, predict, read_features, select_rows
 from demem.tracing.critical import CriticalUnits, critical_units
-from demem.tracing.linear import linear_impact, linear_score
+from demem.tracing.logit_attribution import head_impact, linear_impact, linear_score
 from demem.tracing.magnitude import gradient_score, magnitude_score
 from demem.tracing.ranking import RankedExamples, average_precision, contrast, memorization_score, rank_examples
-from demem.tracing.report import UnitReport, trace
+from demem.tracing.report import UnitReport, picture_grid, trace, write_examples
 from demem.tracing.scores import (
     IMPACTS,
     SCORES,
     ScoreFunction,
-    head_impact,
     impact_score,
     score_units,
     two_step_score,
@@ -61,6 +64,7 @@ __all__ = [
     "matched_units",
     "median_difference",
     "memorization_score",
+    "picture_grid",
     "predict",
     "prunable_weights",
     "random_units",
@@ -77,4 +81,5 @@ __all__ = [
     "unit_norms",
     "unit_of_weight",
     "units_to_masks",
+    "write_examples",
 ]

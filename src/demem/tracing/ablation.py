@@ -1,8 +1,9 @@
-"""Exact ablation: what each example loses when a unit is set to zero or to its mean and the network runs on."""
+"""Exact ablation: the loss of each example when a unit is set to zero or to its mean and the network runs on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,10 +12,10 @@ from torch.nn import functional as F
 
 from demem.batch import Batch, apply_model
 from demem.sites import Site
-from demem.sites.find import first_tensor, replace_first_tensor
 from demem.tracing.atypical import margins
 from demem.tracing.capture import ALONE, Ranks, evaluating
-from demem.tracing.restart import CannotRestart, Restart
+from demem.tracing.narrow import CannotRestart
+from demem.tracing.restart import Restart
 from demem.tracing.taylor import Ablate
 
 Effect = Literal["loss", "margin", "accuracy"]
@@ -32,22 +33,22 @@ def ablation_impact(
     max_rows: int = 2048,
     ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
-    """What each example loses when a unit is ablated, one unit at a time.
+    """Measure the effect on each example of ablating units, one unit at a time.
 
-    The network is not run whole for every unit but restarted from the unit (:mod:`demem.tracing.restart`); where it
-    cannot be traced, it is run whole.
+    The network is restarted from the ablated unit (:mod:`demem.tracing.restart`); where it cannot be traced, the whole
+    network is run for every unit.
 
     Args:
         model: any module; run in evaluation mode and left as it was.
         sites: from :func:`demem.sites.find_sites`.
-        batches: examples; gone through once for zero, twice for mean ablation.
+        batches: examples; read once for zero and twice for mean ablation.
         units: ``{site: int64 indices}`` to ablate only these; all units of all sites if ``None``.
-        ablate: set the unit to zero, or to its mean over examples and positions.
-        effect: ``"loss"``: rise of the cross-entropy in nats; ``"margin"``: fall of the margin, in logits;
-            ``"accuracy"``: 1 where a right answer becomes wrong, −1 where a wrong one becomes right, else 0.
-        fast: ``False`` runs the whole network once a unit.
-        max_rows: examples times units computed together at most; a smaller number takes less memory.
-        ranks: of a distributed run, for the mean.
+        ablate: set the unit to ``"zero"``, or to its ``"mean"`` over examples and positions.
+        effect: ``"loss"``: rise of the cross-entropy in nats; ``"margin"``: fall of the margin in logits;
+            ``"accuracy"``: 1 where a correct prediction becomes wrong, −1 where a wrong one becomes correct, else 0.
+        fast: ``False`` runs the whole network once per unit.
+        max_rows: compute at most this many examples × units together; a smaller number takes less memory.
+        ranks: processes of a distributed run, for the mean.
 
     Returns:
         ``{site: (S, N)}``, or ``(S, len(units[site]))`` in the order given; positive = the unit helps the example.
@@ -55,6 +56,15 @@ def ablation_impact(
     Raises:
         ValueError: no examples, or an unknown option.
         RuntimeError: a site's layer did not run.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
+        >>> model[0].weight.data = torch.eye(2)
+        >>> batch = Batch(torch.tensor([[3.0, 0.0], [1.0, 2.0]]), torch.tensor([0, 0]))
+        >>> ablation_impact(model, find_sites(model, "0"), [batch], effect="margin")  # unit 1 fails the second example
+        {'0': tensor([[ 3.,  0.],
+                      [ 1., -2.]])}
     """
     if effect not in ("loss", "margin", "accuracy") or ablate not in ("zero", "mean"):
         raise ValueError(f"Unknown effect {effect!r} or ablation {ablate!r}.")
@@ -95,7 +105,7 @@ def _ablate_site(
     centre: Tensor | None,
     max_rows: int,
 ) -> Tensor:
-    """Logits ``(U, B, C)``."""
+    """Compute the logits ``(U, B, C)`` with each of ``units (U,)`` ablated."""
     parts = []
     at_once = max(1, restart.rows_at_once(site, max_rows) // len(batch.y)) if restart else 1
     for chunk in torch.split(units.to(batch.y.device), at_once) if len(units) else ():
@@ -109,35 +119,44 @@ def _ablate_site(
 
 
 class set_unit:
-    """While active, one unit of a site is zero (or ``value``, one number per channel) for every example."""
+    """Context manager that sets one unit of a site to zero (or to ``value``) for every example.
+
+    Args:
+        site: from :func:`demem.sites.find_sites`.
+        unit: index of the unit.
+        value: ``(channels_per_unit,)``; zero if ``None``.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> with set_unit(find_sites(model, "0")[0], unit=1):
+        ...     model(torch.randn(2, 4))[:, 1]
+        tensor([0., 0.], grad_fn=...)
+    """
 
     def __init__(self, site: Site, unit: int, value: Tensor | None = None) -> None:
         self.site, self.unit, self.value = site, unit, value
         self._handle: Any = None
 
     def __enter__(self) -> None:
-        site = self.site
-        if site.side == "output":
-            self._handle = site.module.register_forward_hook(lambda m, args, out: self._edit(out))
-        else:
-            self._handle = site.module.register_forward_pre_hook(lambda m, args: self._edit(args))
+        self._handle = self.site.hook(self._edit)
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
 
-    def _edit(self, value: Any) -> Any:
-        tensor = first_tensor(value).clone()
+    def _edit(self, activation: Tensor) -> Tensor:
+        tensor = activation.clone()
         axis, k = self.site.unit_axis(tensor), self.site.channels_per_unit
         part = tensor.narrow(axis, self.unit * k, k)
         if self.value is None:
             part.zero_()
         else:
             part.copy_(self.value.to(part).view(-1, *[1] * (-1 - axis)).expand_as(part))
-        return replace_first_tensor(value, tensor)
+        return tensor
 
 
 def _effect(effect: Effect, before: Tensor, after: Tensor, y: Tensor) -> Tensor:
-    """``(B, U)`` from logits ``(B, C)`` before and ``(U, B, C)`` after."""
+    """Compute the effect ``(B, U)`` from logits ``(B, C)`` before and ``(U, B, C)`` after."""
     count, size = after.shape[:2]
     labels = y.repeat(count)
     flat = after.flatten(0, 1)
@@ -153,12 +172,13 @@ def _effect(effect: Effect, before: Tensor, after: Tensor, y: Tensor) -> Tensor:
 
 
 def _plan(model: nn.Module, sites: Sequence[Site], x: Any) -> list[tuple[Restart | None, list[Site]]]:
-    """Traced models and the sites each can restart from; sites without one are run whole."""
+    """Trace the model; returns restarts with the sites that each serves, and ``None`` with those that are run whole."""
     plain = [s for s in sites if next(s.module.children(), None) is None]
     nested = [s for s in sites if s not in plain]
     plans: list[tuple[Restart | None, list[Site]]] = []
     whole: list[Site] = []
-    # A composite layer (a block) must stay whole to be a site, which hides the layers inside it: one trace for each.
+    # A composite layer (a block) that is a site must not be traced into, which hides the layers inside it: it gets a
+    # trace of its own.
     for members in [plain, *[[s] for s in nested]]:
         if not members:
             continue
@@ -174,13 +194,12 @@ def _plan(model: nn.Module, sites: Sequence[Site], x: Any) -> list[tuple[Restart
 def _channel_means(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], ranks: Ranks
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Number of channels, and mean of each over examples and positions, of every site."""
+    """Compute the number of channels of every site, and the mean of each channel over examples and positions."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     ran: set[str] = set()
 
-    def note(site: Site, value: Any) -> None:
-        tensor = first_tensor(value)
+    def note(site: Site, tensor: Tensor) -> None:
         axis = site.unit_axis(tensor) % tensor.ndim
         ran.add(site.name)
         sums[site.name] = sums.get(site.name, 0) + tensor.sum(
@@ -188,12 +207,7 @@ def _channel_means(
         )
         counts[site.name] = counts.get(site.name, 0) + tensor.numel() // tensor.shape[axis]
 
-    handles = [
-        s.module.register_forward_hook(lambda m, a, out, s=s: note(s, out))
-        if s.side == "output"
-        else s.module.register_forward_pre_hook(lambda m, a, s=s: note(s, a))
-        for s in sites
-    ]
+    handles = [site.hook(partial(note, site)) for site in sites]
     try:
         for batch in batches:
             apply_model(model, batch.x)

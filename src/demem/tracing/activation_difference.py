@@ -1,4 +1,4 @@
-"""Units that are more active where the network is wrong than where it is right (NeuronTune, 2025)."""
+"""Score units by how much more active they are where the network is wrong (NeuronTune, 2025)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from demem.tracing.capture import ALONE, Ranks, read_features
 
 
 def median_difference(features: Tensor, y: Tensor, wrong: Tensor) -> Tensor:
-    """Median activation of the wrong minus the right examples of each class; the largest over the classes.
+    """Compute the median activation of the wrong minus that of the right examples of a class; take the largest class.
 
     Args:
         features: ``(S, N)``.
@@ -22,10 +22,17 @@ def median_difference(features: Tensor, y: Tensor, wrong: Tensor) -> Tensor:
         wrong: bool ``(S,)``: misclassified (or atypical) examples.
 
     Returns:
-        ``(N,)``.
+        ``(N,)`` in units of the activation.
 
     Raises:
         ValueError: no class has both wrong and right examples.
+
+    Source: NeuronTune, 2025.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 3.0], [1.0, 5.0]])
+        >>> median_difference(features, torch.zeros(4, dtype=torch.long), torch.tensor([False, False, True, True]))
+        tensor([0., 4.])
     """
     differences = []
     for c in torch.unique(y).tolist():
@@ -38,7 +45,7 @@ def median_difference(features: Tensor, y: Tensor, wrong: Tensor) -> Tensor:
 
 
 def _median(rows: Tensor) -> Tensor:
-    # By sorting: torch.median takes the lower of the middle two, torch.quantile refuses large inputs.
+    # By sorting, because torch.median returns the lower of the middle two and torch.quantile refuses large inputs.
     ordered = rows.sort(0).values
     return (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
 
@@ -52,27 +59,35 @@ def activation_difference_score(
     ranks: Ranks = ALONE,
     **_: object,
 ) -> dict[str, Tensor]:
-    """:func:`median_difference` of the reduced activations of every site, in one pass.
+    """Score units by :func:`median_difference` of the reduced activations of every site, in one pass.
 
     Args:
         model: any module; left as it was.
-        sites: any sites.
+        sites: from :func:`demem.sites.find_sites`.
         batches: examples, both typical and atypical.
         atypical: bool ``(S,)``; the misclassified examples if ``None`` (the paper's choice).
-        ranks: of a distributed run.
+        ranks: processes of a distributed run.
 
     Returns:
         ``{site: (N,)}`` in units of the activation.
 
     Raises:
-        ValueError: as :func:`median_difference`; activations that are not finite or not one row an example.
+        ValueError: as :func:`median_difference`; activations that are not finite, or more than one row per example.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> x, y = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 3.0], [1.0, 5.0]]), torch.zeros(4, dtype=torch.long)
+        >>> atypical = torch.tensor([False, False, True, True])
+        >>> activation_difference_score(model, find_sites(model, "0:input"), [Batch(x, y)], atypical=atypical)
+        {'0:input': tensor([0., 4.])}
     """
     features, logits, y = read_features(model, sites, batches)
     for name, rows in features.items():
         if len(rows) != len(y):
             raise ValueError(
-                f"Site {name!r} has {len(rows)} rows for {len(y)} examples, so its activations cannot be told apart by "
-                "example. Name layers that run once in a forward pass."
+                f"Site {name!r} has {len(rows)} rows for {len(y)} examples, so its activations cannot be assigned to "
+                "examples. Name layers that run once in a forward pass."
             )
     wrong = misclassified(logits, y) if atypical is None else atypical.to(y.device)
     y, wrong = ranks.gather(y), ranks.gather(wrong)

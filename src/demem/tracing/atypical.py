@@ -1,8 +1,8 @@
-"""Who is atypical: tell the examples that go against the spurious pattern from those that go with it.
+"""Detect atypical examples: those on which the spurious pattern fails.
 
-Every function takes what a network said about *held-out* examples and returns a mask ``(S,)``, ``True`` for atypical.
-On examples that the network was trained on everything is fitted and the signal is gone (the memorization gap of You et
-al. 2025), so use examples that it did not train on.
+Every function takes a network's outputs on *held-out* examples and returns a boolean mask ``(S,)``, ``True`` for
+atypical.  Training examples carry no signal, because the network fits all of them (the memorization gap of You et al.
+2025).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ Atypical = Literal["margin", "loss", "error", "group"]
 
 
 def margins(logits: Tensor, y: Tensor) -> Tensor:
-    """Correct-class logit minus the largest other logit; negative where the example is misclassified, 0 for a tie.
+    """Compute margins: the label's logit minus the largest other logit.
+
+    They are negative where the example is misclassified, and 0 for a tie.
 
     Args:
         logits: ``(S, C)`` with ``C ≥ 2``.
@@ -28,6 +30,10 @@ def margins(logits: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes do not fit, a label is out of range, or a logit is NaN.
+
+    Example:
+        >>> margins(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]]), torch.tensor([0, 1]))
+        tensor([ 1., -2.])
     """
     _check_logits(logits, y)
     right = logits.gather(1, y[:, None])[:, 0]
@@ -35,29 +41,34 @@ def margins(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
-    """Where another class is predicted, bool ``(S,)``, by ``argmax`` as everywhere; errors as :func:`margins`."""
+    """Return where ``argmax`` predicts another class, bool ``(S,)``; errors as :func:`margins`."""
     _check_logits(logits, y)
     return logits.argmax(1) != y
 
 
 def strongest_wrong(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and index, ``(S,)`` each, of the largest logit that is not the label's."""
+    """Return value and index, ``(S,)`` each, of the largest logit of another class than the label."""
     return logits.scatter(1, y[:, None], float("-inf")).max(1)
 
 
 def example_losses(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each example in nats, ``(S,)``; errors as :func:`margins`."""
+    """Compute the cross-entropy of each example in nats, ``(S,)``; arguments and errors as :func:`margins`.
+
+    Example:
+        >>> example_losses(torch.tensor([[0.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 0]))
+        tensor([0.6931, 5.0067])
+    """
     _check_logits(logits, y)
     return F.cross_entropy(logits.float(), y, reduction="none")
 
 
 def atypical_by_score(score: Tensor, y: Tensor, share: float = 0.2, num_classes: int | None = None) -> Tensor:
-    """The highest-scoring share within each class: loss, or a memorization score (loss lost when units are removed).
+    """Take the fraction of each class with the highest score, e.g. the loss or a memorization score.
 
     Args:
         score: ``(S,)``, high = atypical.
         y: ``(S,)`` class indices.
-        share: fraction of each class to take, in (0, 1]; at least one example a class.
+        share: fraction of each class to take, in (0, 1]; at least one example per class.
         num_classes: if given, each of the classes ``0 … num_classes − 1`` must occur.
 
     Returns:
@@ -65,6 +76,11 @@ def atypical_by_score(score: Tensor, y: Tensor, share: float = 0.2, num_classes:
 
     Raises:
         ValueError: shapes differ, ``share`` is outside (0, 1], a score is NaN, or a class does not occur.
+
+    Example:
+        >>> losses, y = torch.tensor([0.1, 2.0, 0.3, 9.0]), torch.tensor([0, 0, 1, 1])
+        >>> atypical_by_score(losses, y, share=0.5)
+        tensor([False,  True, False,  True])
     """
     if score.shape != y.shape or score.ndim != 1:
         raise ValueError(f"Expected one score per label, got {tuple(score.shape)} and {tuple(y.shape)}.")
@@ -79,30 +95,43 @@ def atypical_by_score(score: Tensor, y: Tensor, share: float = 0.2, num_classes:
     for c in _classes(y, num_classes):
         members = (y == c).nonzero()[:, 0]
         count = max(1, round(share * len(members)))
-        # Stable, so that ties break by position and every device and rank agrees.
+        # A stable sort breaks ties by position, the same on every device and rank.
         order = torch.sort(score[members], descending=True, stable=True).indices
         mask[members[order[:count]]] = True
     return mask
 
 
 def atypical_by_margin(margins: Tensor, y: Tensor, share: float = 0.2, num_classes: int | None = None) -> Tensor:
-    """The lowest-margin ``share`` of each class; arguments, result and errors as :func:`atypical_by_score`.
+    """Take the fraction of each class with the lowest margins.
 
     Args:
         margins: ``(S,)`` from :func:`margins`.
-        y: ``(S,)`` class indices.
-        share: fraction of each class.
-        num_classes: if given, each class must occur.
+        y, share, num_classes: see :func:`atypical_by_score`, as are result and errors.
+
+    Example:
+        >>> y = torch.tensor([0, 0, 1, 1])
+        >>> atypical_by_margin(torch.tensor([3.0, -1.0, 2.0, 0.5]), y, share=0.5)
+        tensor([False,  True, False,  True])
     """
     return atypical_by_score(-margins, y, share, num_classes)
 
 
 def atypical_by_error(logits: Tensor, y: Tensor, num_classes: int | None = None) -> Tensor:
-    """The misclassified examples, bool ``(S,)``.
+    """Take the misclassified examples, bool ``(S,)``.
+
+    Args:
+        logits: ``(S, C)``.
+        y: ``(S,)`` class indices.
+        num_classes: see :func:`atypical_by_score`.
 
     Raises:
-        ValueError: as :func:`margins`; also where a class has no misclassified example, because then there is nothing
-            to trace for it (use a share of the lowest margins instead).
+        ValueError: as :func:`margins`; also if a class has no misclassified example, because then there is nothing to
+            trace for it (use :func:`atypical_by_margin` instead).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 2.0], [3.0, 1.0]])
+        >>> atypical_by_error(logits, torch.tensor([0, 0, 1, 1]))
+        tensor([False,  True, False,  True])
     """
     wrong = misclassified(logits, y)
     for c in _classes(y, num_classes):
@@ -115,19 +144,24 @@ def atypical_by_error(logits: Tensor, y: Tensor, num_classes: int | None = None)
 
 
 def atypical_by_group(y: Tensor, group: Tensor, group_counts: Tensor | None = None) -> Tensor:
-    """The examples of minority groups: groups with less than an equal share of their class's training examples.
+    """Take the examples of minority groups: those with less than an equal share of their class's training examples.
 
     Args:
         y: ``(S,)`` class indices.
         group: ``(S,)`` group indices; a group belongs to one class.
-        group_counts: ``(num_groups,)`` examples of each group in the TRAINING set, which decides what a minority is.
-            Without it the counts of ``group`` itself are taken (wrong for balanced held-out sets such as Waterbirds').
+        group_counts: ``(G,)`` number of *training* examples of each group.  Without it the counts of ``group`` itself
+            are used, which is wrong for balanced held-out sets such as that of Waterbirds.
 
     Returns:
         bool ``(S,)``.
 
     Raises:
         ValueError: shapes differ, a group spans classes, or no class has a minority group (then give ``group_counts``).
+
+    Example:
+        >>> y, group = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 3])
+        >>> atypical_by_group(y, group, group_counts=torch.tensor([90, 10, 5, 95]))
+        tensor([False,  True,  True, False])
     """
     if y.shape != group.shape or y.ndim != 1:
         raise ValueError(f"Expected one group per label, got {tuple(group.shape)} and {tuple(y.shape)}.")
@@ -161,12 +195,28 @@ def choose_atypical(
     group_counts: Tensor | None = None,
     num_classes: int | None = None,
 ) -> Tensor:
-    """Atypical examples by name: ``"margin"`` or ``"loss"`` tail of each class, ``"error"``, or ``"group"`` (tier T2).
+    """Choose atypical examples by the name of a method.
 
-    ``num_classes`` is ``logits.shape[1]`` unless given.
+    Args:
+        kind: ``"margin"`` for the lowest margins of each class, ``"loss"`` for the highest losses, ``"error"`` for the
+            misclassified examples, ``"group"`` for the minority groups (which needs group labels, tier T2).
+        logits: ``(S, C)``.
+        y: ``(S,)`` class indices.
+        group: ``(S,)`` group indices, for ``"group"`` only.
+        share: fraction of each class, for ``"margin"`` and ``"loss"``; default 0.2.
+        group_counts: see :func:`atypical_by_group`.
+        num_classes: see :func:`atypical_by_score`; ``C`` if ``None``.
+
+    Returns:
+        bool ``(S,)``.
 
     Raises:
-        ValueError: as the function of that kind; unknown kind; groups asked for but not there.
+        ValueError: as the function of that kind; unknown kind; groups are needed but missing.
+
+    Example:
+        >>> logits, y = torch.tensor([[2.0, 0.0], [0.5, 0.0], [0.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0, 1, 1])
+        >>> choose_atypical("margin", logits, y)
+        tensor([False,  True,  True, False])
     """
     num_classes = logits.shape[1] if num_classes is None else num_classes
     if kind == "margin":
@@ -183,10 +233,23 @@ def choose_atypical(
 
 
 def class_mean(values: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of ``values (S, ...)`` over the chosen examples of each class, averaged over the classes that have any.
+    """Average over the chosen examples of each class, then over the classes that have any.
+
+    Args:
+        values: ``(S, ...)``.
+        y: ``(S,)`` class indices.
+        chosen: bool ``(S,)``.
+
+    Returns:
+        ``(...)``.
 
     Raises:
         ValueError: nothing is chosen.
+
+    Example:
+        >>> y, everything = torch.tensor([0, 0, 0, 1]), torch.ones(4, dtype=torch.bool)
+        >>> class_mean(torch.tensor([1.0, 1.0, 1.0, 5.0]), y, everything)
+        tensor(3.)
     """
     classes = torch.unique(y[chosen])
     if not len(classes):

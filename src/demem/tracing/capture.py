@@ -1,4 +1,4 @@
-"""What every score needs: a quiet evaluation of the model, and sums over the processes of a distributed run."""
+"""Evaluate a model without side effects, select examples, and sum over the processes of a distributed run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from demem.sites import ActivationReader, Site, eager
 
 
 class Ranks(NamedTuple):
-    """How the processes of a distributed run are put together; the default is a single process.
+    """Communication between the processes of a distributed run; the default is a single process.
 
     Attributes:
-        gather: rows ``(n, ...)`` of this process → rows of all processes, the same on each.
-        total: a tensor → its sum over all processes.
+        gather: maps rows ``(n, ...)`` of this process to the rows of all processes, in the same order on each.
+        total: maps a tensor to its sum over all processes.
         rank: number of this process.
     """
 
@@ -32,7 +32,10 @@ ALONE = Ranks()
 
 @contextmanager
 def evaluating(model: nn.Module, freeze: bool = True) -> Iterator[None]:
-    """Evaluation mode, compiled parts run eagerly, parameters (if ``freeze``) ask for no gradient; restored after."""
+    """Switch to evaluation mode with compiled parts run eagerly, and restore everything afterwards.
+
+    Parameters require no gradient if ``freeze``, else all floating-point ones do.
+    """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -49,10 +52,23 @@ def evaluating(model: nn.Module, freeze: bool = True) -> Iterator[None]:
 
 
 def predict(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits ``(S, C)`` float32, labels ``(S,)`` and groups ``(S,)`` or ``None`` of all batches, in evaluation mode.
+    """Run the model in evaluation mode over all batches.
+
+    Args:
+        model: any module; left as it was.
+        batches: examples; read once.
+
+    Returns:
+        Logits ``(S, C)`` float32, labels ``(S,)`` and groups ``(S,)`` or ``None``.
 
     Raises:
-        ValueError: there is no example.
+        ValueError: there are no examples.
+
+    Example:
+        >>> data = [Batch(torch.randn(4, 3), torch.tensor([0, 1, 0, 1])) for _ in range(2)]
+        >>> logits, y, group = predict(nn.Linear(3, 2), data)
+        >>> logits.shape, y.shape, group
+        (torch.Size([8, 2]), torch.Size([8]), None)
     """
     logits, labels, groups = [], [], []
     with evaluating(model), torch.no_grad():
@@ -69,7 +85,29 @@ def predict(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor,
 def read_features(
     model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Reduced activations ``{site: (S, N)}``, logits ``(S, C)`` and labels ``(S,)``, in one pass without gradients."""
+    """Read the activations of sites together with logits and labels, in one pass without gradients.
+
+    Args:
+        model: any module; run in evaluation mode and left as it was.
+        sites: from :func:`demem.sites.find_sites`.
+        batches: examples; read once.
+
+    Returns:
+        Activations ``{site: (S, N)}`` (:func:`demem.sites.reduce_activation`), logits ``(S, C)``, both float32, and
+        labels ``(S,)``.
+
+    Raises:
+        ValueError: there are no examples.
+        RuntimeError: a site's layer did not run.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> data = [Batch(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))]
+        >>> features, logits, y = read_features(model, find_sites(model, "2:input"), data)
+        >>> torch.allclose(model[2](features["2:input"]), logits)
+        True
+    """
     rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     logits, labels = [], []
     with evaluating(model), torch.no_grad(), ActivationReader(sites) as reader:
@@ -84,7 +122,17 @@ def read_features(
 
 
 def select_rows(batch: Batch, chosen: Tensor) -> Batch:
-    """The examples of a batch that ``chosen`` (bool or indices, on the CPU or the batch's device) picks."""
+    """Select examples of a batch.
+
+    Args:
+        batch: inputs of any form; tensors in it that are as long as the batch are indexed.
+        chosen: bool mask ``(B,)`` or indices, on the CPU or on the batch's device.
+
+    Example:
+        >>> select_rows(Batch({"ids": torch.tensor([[7], [8], [9]])}, torch.tensor([0, 1, 1])), torch.tensor([2, 0]))
+        Batch(x={'ids': tensor([[9],
+                                [7]])}, y=tensor([1, 0]), group=None)
+    """
     index = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
     return Batch(
         _rows(batch.x, index, batch_size(batch)),

@@ -1,17 +1,18 @@
-"""How many units must be removed to flip one example (Maini et al. 2023, the search for critical neurons)."""
+"""Count the units that must be removed to flip a prediction (Maini et al. 2023, the search for critical neurons)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from demem.batch import Batch, apply_model
 from demem.sites import Site
-from demem.sites.find import first_tensor, replace_first_tensor
 from demem.tracing.capture import evaluating, select_rows
 
 
@@ -19,9 +20,9 @@ class CriticalUnits(NamedTuple):
     """Result of :func:`critical_units`.
 
     Attributes:
-        removed: ``(S,)`` units removed when the prediction left the label; ``cap + 1`` where the cap did not do it, 0
-            for examples that were misclassified before.
-        units: ``(S, cap)`` the units in the order of removal, numbered through all sites, −1 where none.
+        removed: ``(S,)`` number of units removed until the prediction differed from the label; ``cap + 1`` where the
+            cap was not enough, 0 for examples that were misclassified before.
+        units: ``(S, cap)`` the units in the order of removal, numbered through all sites, −1 for none.
         offsets: ``{site: number of its first unit}``.
     """
 
@@ -31,25 +32,37 @@ class CriticalUnits(NamedTuple):
 
 
 def critical_units(model: nn.Module, sites: Sequence[Site], batch: Batch, cap: int = 20) -> CriticalUnits:
-    r"""Zero units one by one, for each example its own, until its prediction flips.
+    r"""Set units to zero one by one, separately for each example, until its prediction flips.
 
-    In every step an example's most helpful remaining unit goes: the one with the largest first-order rise of the
-    example's own loss, :math:`-\sum_p a \,\partial L / \partial a`, gradient taken with the units so far removed.  (For
-    a unit without bias this equals minus the paper's :math:`\sum w\,\partial L/\partial w` over the unit's weights.)
-    All examples of the batch take their step together; those that have flipped leave it.
+    Every step removes the unit with the largest first-order rise of the example's own loss,
+    :math:`-\sum_p a \,\partial L / \partial a`, with the gradient of the network without the units removed before.
+    For a unit without bias this equals minus the paper's :math:`\sum w\,\partial L/\partial w` over the unit's weights:
+    with :math:`a = w \cdot x`, :math:`\sum_j w_j\,\partial L/\partial w_j = \partial L/\partial a \sum_j w_j x_j`.
+    All examples of the batch take a step together; those that have flipped are not run again.
 
     Args:
-        model: run in evaluation mode and left as it was.
-        sites: whose units may be removed.
+        model: any module; run in evaluation mode and left as it was.
+        sites: sites whose units may be removed.
         batch: as many examples as fit in memory.
-        cap: most units to remove from one example.
+        cap: remove at most this many units from one example.
 
     Returns:
-        see :class:`CriticalUnits`.
+        See :class:`CriticalUnits`.
 
     Raises:
         ValueError: ``cap`` is not positive.
         RuntimeError: a site's layer did not run.
+
+    Source: Maini et al. 2023.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(3, 2, bias=False))
+        >>> model[0].weight.data = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.5, 0.0]])
+        >>> batch = Batch(torch.tensor([[3.0, 0.5, 0.0], [0.0, 1.0, 2.0], [-1.0, 0.0, 0.0]]), torch.tensor([0, 0, 0]))
+        >>> found = critical_units(model, find_sites(model, "0"), batch, cap=2)
+        >>> found.removed.tolist(), found.units[:2].tolist()
+        ([1, 1, 0], [[0, -1], [0, -1]])
     """
     if cap < 1:
         raise ValueError(f"cap must be positive, got {cap}.")
@@ -64,7 +77,7 @@ def critical_units(model: nn.Module, sites: Sequence[Site], batch: Batch, cap: i
             for step in range(cap + 1):
                 part = batch if len(active) == total else select_rows(batch, active)
                 gates.start(active)
-                # The last step needs no gradient: it only asks whether the cap was enough.
+                # The last step needs no gradient, because it only checks whether the cap was enough.
                 with torch.set_grad_enabled(step < cap):
                     logits = apply_model(model, part.x).float()
                     missing = [s.name for s in sites if s.name not in gates.offsets]
@@ -88,7 +101,7 @@ def critical_units(model: nn.Module, sites: Sequence[Site], batch: Batch, cap: i
 
 
 class _ExampleGates:
-    """A gate for every unit and every example, and the gradient of the loss with respect to it."""
+    """A gate g for every unit and example, and its gradient: ∂L/∂g = Σ_p a ∂L/∂a at g = 1."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = list(sites)
@@ -97,16 +110,10 @@ class _ExampleGates:
         self._removed: dict[str, list[tuple[Tensor, Tensor]]] = {s.name: [] for s in sites}
         self._gates: dict[str, Tensor] = {}
         self._active = torch.empty(0)
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        for site in self.sites:
-            if site.side == "output":
-                hook: Any = lambda m, args, out, s=site: self._gate(s, out)  # noqa: E731
-                self._handles.append(site.module.register_forward_hook(hook))
-            else:
-                hook = lambda m, args, s=site: self._gate(s, args)  # noqa: E731
-                self._handles.append(site.module.register_forward_pre_hook(hook))
+        self._handles += [site.hook(partial(self._gate, site)) for site in self.sites]
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -116,8 +123,7 @@ class _ExampleGates:
         self._active = active
         self._gates = {}
 
-    def _gate(self, site: Site, value: Any) -> Any:
-        tensor = first_tensor(value)
+    def _gate(self, site: Site, tensor: Tensor) -> Tensor:
         axis = site.unit_axis(tensor)
         units = tensor.shape[axis] // site.channels_per_unit
         gate = self._gates.get(site.name)
@@ -134,11 +140,11 @@ class _ExampleGates:
         wide = gate.repeat_interleave(site.channels_per_unit, 1) if site.channels_per_unit > 1 else gate
         shape = [1] * tensor.ndim
         shape[0], shape[axis] = len(self._active), tensor.shape[axis]
-        factor = site.examples_first(wide.to(tensor.dtype).view(shape))  # and back: it swaps the first two axes
-        return replace_first_tensor(value, tensor * factor)
+        factor = site.examples_first(wide.to(tensor.dtype).view(shape))  # its own inverse: it swaps two axes
+        return tensor * factor
 
     def rise(self) -> Tensor:
-        """``(A, all units)``: first-order rise of the loss if the unit goes too; −∞ for units that are gone."""
+        """Compute the first-order rise of the loss if a unit is removed too, ``(A, units)``; −∞ for removed units."""
         columns = []
         for name in sorted(self.offsets, key=lambda n: self.offsets[n]):
             gate = self._gates[name]

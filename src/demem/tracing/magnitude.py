@@ -1,4 +1,4 @@
-"""Scores from weights alone and from their gradients (You et al. 2025, tracing by magnitude and by gradient)."""
+"""Score units by their weights and by the gradients of their weights (You et al. 2025)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from demem.batch import Batch, apply_model
-from demem.sites import Site
+from demem.sites import Site, own_weight
 from demem.tracing.capture import ALONE, Ranks, evaluating, predict, select_rows
-from demem.tracing.weights import own_weight, unit_norms
+from demem.tracing.weights import unit_norms
 
 
 def magnitude_score(
     model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch] | None = None, **_: object
 ) -> dict[str, Tensor]:
-    """Norm of the weights of each unit, ``‖W[c]‖₂``; no data is read.
+    """Score units by the norm of their weights, ``‖W[c]‖₂``; no data is read.
+
+    Args:
+        model: not used; like ``batches`` it is part of the signature that all scores have.
+        sites: convolution, linear or norm layers.
+        batches: not used.
 
     Returns:
         ``{site: (N,)}``.
 
     Raises:
-        ValueError: a site has no weights of its own.
+        ValueError: as :func:`demem.sites.own_weight`.
+
+    Source: You et al. 2025, tracing by magnitude.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> model[0].weight.data = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> magnitude_score(model, find_sites(model, "0"))
+        {'0': tensor([5., 1.])}
     """
     return {site.name: unit_norms(site, own_weight(site)) for site in sites}
 
@@ -38,21 +52,33 @@ def gradient_score(
     ranks: Ranks = ALONE,
     **_: object,
 ) -> dict[str, Tensor]:
-    """Norm of the gradient of each unit's weights, ``‖∂L/∂W[c]‖₂``, on the worst-fitted of the atypical examples.
+    """Score units by the norm of their weights' gradient, ``‖∂L/∂W[c]‖₂``, on the worst-fitted atypical examples.
 
     Args:
-        model: any module; left as it was, stored ``.grad`` included.
+        model: any module; left as it was, including stored ``.grad``.
         sites: convolution, linear or norm layers.
-        batches: examples that can be gone through twice.
+        batches: examples; read twice.
         atypical: bool ``(S,)``; all examples if ``None``.  To score one group g, pass ``group == g``.
-        worst: keep only this many with the lowest correct-class probability (the paper's 200); ``None`` keeps all.
-        ranks: of a distributed run.
+        worst: use only this many examples, those with the lowest probability of the label (the paper's 200); all if
+            ``None``.
+        ranks: processes of a distributed run.
 
     Returns:
-        ``{site: (N,)}``; L is the mean cross-entropy of the chosen examples.
+        ``{site: (N,)}`` with L the mean cross-entropy of the chosen examples.
 
     Raises:
-        ValueError: nothing is atypical; a site has no weights of its own.
+        ValueError: nothing is atypical, or as :func:`demem.sites.own_weight`.
+
+    Source: You et al. 2025, tracing by gradient.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> model[0].weight.data.zero_(), model[0].bias.data.zero_()  # so that ∂L/∂W = (½, −½) xᵀ
+        (...)
+        >>> batch = Batch(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+        >>> gradient_score(model, find_sites(model, "0:input"), [batch], atypical=torch.tensor([False, True]))
+        {'0:input': tensor([0.0000, 0.7071])}
     """
     batches = batches if isinstance(batches, Sequence) else list(batches)
     logits, y, _group = predict(model, batches)
@@ -61,7 +87,7 @@ def gradient_score(
         probability = logits.softmax(1).gather(1, y[:, None])[:, 0].masked_fill(~chosen, torch.inf)
         everywhere = ranks.gather(probability)
         among_them = torch.zeros_like(everywhere, dtype=torch.bool)
-        among_them[torch.argsort(everywhere, stable=True)[:worst]] = True  # no more than that, also of equal ones
+        among_them[torch.argsort(everywhere, stable=True)[:worst]] = True  # exactly so many, also among equal ones
         chosen = chosen & among_them[ranks.gather(torch.full_like(y, ranks.rank)) == ranks.rank].to(y.device)
     number = ranks.total(chosen.sum())
     if not int(number):

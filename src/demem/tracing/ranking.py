@@ -1,4 +1,4 @@
-"""Which training examples were memorised: what the kept units say against what the memorising ones say."""
+"""Rank training examples by memorization: the impact of the kept units against that of the memorising ones."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from torch import Tensor
 
 
 def memorization_score(impact: Tensor | Mapping[str, Tensor], memorising: Tensor | Mapping[str, Tensor]) -> Tensor:
-    r"""How much an example stands on the kept units and against the memorising ones.
+    r"""Score examples by how much the kept units help them and the memorising units fail them.
 
     .. math:: r_s = \frac{K_s - \bar K}{\operatorname{sd}(K)} - \frac{M_s - \bar M}{\operatorname{sd}(M)}
 
     with :math:`K_s` and :math:`M_s` the summed impact on the margin of example s (see
-    :func:`~demem.tracing.linear.linear_impact`) of the kept and of the memorising units.  The units that hold the
-    shortcut speak against the examples on which it fails, so these come out on top; no group label is used.
+    :func:`~demem.tracing.linear_impact`) of the kept and of the memorising units.  The units that hold the shortcut
+    lower the margin of the examples on which it fails, so these score highest; no group label is used.
 
     Args:
-        impact: ``(S, N)``, or one such matrix for each site.
-        memorising: bool ``(N,)``, or one for each site; sites left out are kept.
+        impact: ``(S, N)``, or ``{site: (S, N)}``.
+        memorising: bool ``(N,)``, or ``{site: bool (N,)}``; all units of a site that is left out are kept.
 
     Returns:
-        ``(S,)``, high = memorised.
+        ``(S,)`` in standard deviations, high = memorised.
 
     Raises:
         ValueError: fewer than two examples, or all units or none are memorising.
+
+    Example:
+        >>> impact = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [1.0, -2.0]])  # unit 1 fails the last example
+        >>> int(memorization_score(impact, torch.tensor([False, True])).argmax())
+        3
     """
     if isinstance(impact, Tensor):
         if not isinstance(memorising, Tensor):
@@ -48,12 +53,17 @@ def memorization_score(impact: Tensor | Mapping[str, Tensor], memorising: Tensor
 
 
 def contrast(kept: Tensor, masked: Tensor) -> Tensor:
-    """The score from the two sums ``(S,)`` themselves, each brought to mean 0 and standard deviation 1."""
+    """Compute :func:`memorization_score` from the two sums K and M, each ``(S,)``.
+
+    Example:
+        >>> contrast(kept=torch.tensor([1.0, 1.0, 1.0]), masked=torch.tensor([2.0, 2.0, -2.0]))
+        tensor([-0.5774, -0.5774,  1.1547])
+    """
     return (_standard(kept.double()) - _standard(masked.double())).float()
 
 
 class RankedExamples(NamedTuple):
-    """Memorised examples, most memorised first: positions in the data set, scores and labels, ``(k,)`` each."""
+    """Examples in the order of their score, highest first: positions in the data set, scores, labels; ``(k,)`` each."""
 
     position: Tensor
     score: Tensor
@@ -63,17 +73,22 @@ class RankedExamples(NamedTuple):
 def rank_examples(
     score: Tensor, y: Tensor, k: int | None = None, index: Tensor | None = None, per_class: bool = False
 ) -> RankedExamples:
-    """The ``k`` highest-scoring examples (all if ``None``), best first.
+    """Rank examples by score, highest first.
 
     Args:
         score: ``(S,)`` from :func:`memorization_score`.
         y: ``(S,)`` labels.
-        k: how many.
+        k: number of examples to keep; all if ``None``.
         index: ``(S,)`` positions in the data set; ``0 … S − 1`` if ``None``.
-        per_class: take ``k`` of each class, so that a class with larger scores does not fill the list.
+        per_class: keep ``k`` of each class, so that a class with larger scores does not fill the list.
 
     Raises:
         ValueError: shapes differ or a score is NaN.
+
+    Example:
+        >>> score, y = torch.tensor([0.2, 3.0, 2.0, 0.1]), torch.tensor([0, 1, 1, 0])
+        >>> rank_examples(score, y, k=1, per_class=True).position
+        tensor([1, 0])
     """
     if score.shape != y.shape or score.ndim != 1 or bool(score.isnan().any()):
         raise ValueError("Expected one finite score and one label per example.")
@@ -91,10 +106,21 @@ def rank_examples(
 
 
 def average_precision(score: Tensor, positive: Tensor) -> float:
-    """Area under precision over recall (step form) of ranking by ``score``; ties break by position.
+    """Compute the average precision of ranking by ``score``: the mean of the precision at each positive.
+
+    Args:
+        score: ``(S,)``, high = positive; ties break by position.
+        positive: bool ``(S,)``.
+
+    Returns:
+        A fraction; the base rate of the positives on average for a random score.
 
     Raises:
         ValueError: shapes differ, or no example is positive.
+
+    Example:
+        >>> average_precision(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([True, False, False, True]))
+        0.75
     """
     if score.shape != positive.shape or not bool(positive.any()):
         raise ValueError("Expected one score per example and at least one positive.")

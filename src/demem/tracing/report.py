@@ -1,4 +1,4 @@
-"""The tracing report: every unit with its scores, as a table on disk and a figure."""
+"""Trace all units of a network, and write the scores as a table and a figure."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class UnitReport:
     """Scores of all units of all traced sites.
 
     Attributes:
-        columns: ``{column: {site: (N,)}}`` on the CPU.  One column for each score by its name; for scores that are
+        columns: ``{column: {site: (N,)}}`` on the CPU.  One column per score, under its name; for scores that are
             impacts on examples also ``impact_atypical/<score>`` and ``impact_typical/<score>``, the mean impact on
             either kind (positive = the unit helps them).
-        impacts: ``{score: {site: (S, N)}}`` for those scores, rows in the order of the traced examples.
+        impacts: ``{score: {site: (S, N)}}`` for those scores, one row per traced example.
     """
 
     columns: dict[str, dict[str, Tensor]]
@@ -40,15 +40,15 @@ class UnitReport:
 
     @property
     def scores(self) -> list[str]:
-        """Names of the scores, the impact columns left out."""
+        """Names of the scores, without the impact columns."""
         return [name for name in self.columns if "/" not in name]
 
     def top(self, score: str | None = None, k: int | float = 20, within: bool = False) -> dict[str, Tensor]:
-        """Top units by a score (the first one if ``None``), see :func:`~demem.tracing.topk.top_units`."""
+        """Select the top units by a score (the first one if ``None``), see :func:`~demem.tracing.top_units`."""
         return top_units(self.columns[self.scores[0] if score is None else score], k, within)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict per unit: ``site``, ``unit``, and every column; sorted by the first score, best first."""
+        """Return one dict per unit (``site``, ``unit``, and every column), highest first by the first score."""
         table = []
         for site in next(iter(self.columns.values())):
             values = {column: by_site[site].tolist() for column, by_site in self.columns.items()}
@@ -82,9 +82,14 @@ class UnitReport:
         return path
 
     def figure(self, path: str | Path, score: str | None = None, k: int = 20) -> Path:
-        """The unit map of one impact score: impact on typical against impact on atypical examples, top units marked.
+        """Draw the impact of every unit on atypical against that on typical examples, with the top units circled.
 
-        A score that is no impact on examples is drawn as its values in order, by site.
+        A score that is not an impact on examples is drawn as its sorted values, by site.
+
+        Args:
+            path: image file to write.
+            score: name of a score; the first one if ``None``.
+            k: number of units to circle.
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -136,14 +141,30 @@ def trace(
     Args:
         model: any module that maps ``batch.x`` to logits.
         sites: from :func:`demem.sites.find_sites`.
-        batches: held-out examples, typical and atypical; gone through once or more for every score.
-        atypical: bool ``(S,)`` over all examples, from :func:`~demem.tracing.atypical.choose_atypical` or your own.
-        scores: names in :data:`~demem.tracing.scores.SCORES`; the first one orders the table.
+        batches: held-out examples, typical and atypical; read at least once per score.
+        atypical: bool ``(S,)`` over all examples, e.g. from :func:`~demem.tracing.choose_atypical`.
+        scores: names in :data:`~demem.tracing.SCORES`; the first one orders the table.
         options: ``{score: keyword arguments}``.
-        ranks: of a distributed run.
+        ranks: processes of a distributed run.
+
+    Returns:
+        See :class:`UnitReport`.
 
     Raises:
         ValueError: unknown score, no atypical example, or as the scores.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
+        >>> model[0].weight.data = torch.eye(2)
+        >>> data = [Batch(torch.tensor([[3.0, 0.0], [1.0, 2.0]]), torch.tensor([0, 0]))]
+        >>> atypical = torch.tensor([False, True])
+        >>> report = trace(model, find_sites(model, "0"), data, atypical, scores=["ablation", "magnitude"])
+        >>> report
+        UnitReport(ablation, magnitude of 2 units at 0)
+        >>> report.top(k=1)
+        {'0': tensor([1])}
+        >>> path = report.to_csv("units.csv")
     """
     if not scores:
         raise ValueError("Name at least one score.")
@@ -171,7 +192,7 @@ def trace(
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Write dicts with the same keys as CSV.
+    """Write dicts that have the same keys as CSV.
 
     Raises:
         ValueError: there are no rows.
@@ -188,16 +209,39 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 
 
 def write_examples(ranked: RankedExamples, path: str | Path) -> Path:
-    """The table of memorised examples as CSV: ``rank, index, label, score``."""
+    """Write ranked examples as CSV with the columns ``rank, index, label, score``; returns the path.
+
+    Example:
+        >>> from demem.tracing import rank_examples
+        >>> ranked = rank_examples(torch.tensor([0.5, 3.0]), torch.tensor([0, 1]))
+        >>> print(write_examples(ranked, "memorised.csv").read_text())
+        rank,index,label,score
+        0,1,1,3.0
+        1,0,0,0.5
+        <BLANKLINE>
+    """
     columns = zip(ranked.position.tolist(), ranked.label.tolist(), ranked.score.tolist(), strict=True)
     return write_table([{"rank": i, "index": p, "label": y, "score": s} for i, (p, y, s) in enumerate(columns)], path)
 
 
 def picture_grid(images: Tensor, titles: Sequence[str], path: str | Path, columns: int = 8) -> Path:
-    """Images ``(k, C, H, W)`` in a grid, each stretched to its own range.
+    """Draw images in a grid, each scaled to its own range of values.
+
+    Args:
+        images: ``(k, C, H, W)`` or ``(k, H, W)``; of more than three channels the first three.
+        titles: one per image.
+        path: image file to write.
+        columns: number of images per line.
+
+    Returns:
+        The path.
 
     Raises:
-        ValueError: these are not images.
+        ValueError: ``images`` have another shape.
+
+    Example:
+        >>> picture_grid(torch.rand(3, 3, 8, 8), ["first", "second", "third"], "examples.png").exists()
+        True
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

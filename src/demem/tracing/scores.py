@@ -1,4 +1,4 @@
-"""Unit scores by name: one call for every way of asking which units memorise."""
+"""Score units by the name of a method, with one signature for all scores."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from demem.sites import Site
 from demem.tracing.ablation import Effect, ablation_impact
 from demem.tracing.activation_difference import activation_difference_score
 from demem.tracing.atypical import class_mean
-from demem.tracing.capture import ALONE, Ranks, read_features, select_rows
-from demem.tracing.linear import linear_impact
+from demem.tracing.capture import ALONE, Ranks, select_rows
+from demem.tracing.logit_attribution import head_impact
 from demem.tracing.magnitude import gradient_score, magnitude_score
 from demem.tracing.taylor import Ablate, taylor_impact
 from demem.tracing.topk import top_units
@@ -24,66 +24,37 @@ ScoreFunction = Callable[..., dict[str, Tensor]]
 ImpactFunction = Callable[..., dict[str, Tensor]]
 
 
-def head_impact(
-    model: nn.Module,
-    sites: Sequence[Site],
-    batches: Iterable[Batch],
-    *,
-    ablate: Ablate = "mean",
-    ranks: Ranks = ALONE,
-) -> dict[str, Tensor]:
-    """:func:`~demem.tracing.linear.linear_impact` of the units that a linear head reads, in one pass.
-
-    Args:
-        model: any module; left as it was.
-        sites: inputs of the linear layer that makes the logits, e.g. ``"fc:input"``.
-        batches: examples.
-        ablate: what the unit is compared with, its mean over the examples or zero.
-        ranks: of a distributed run, for the mean.
-
-    Returns:
-        ``{site: (S, N)}`` in logits, positive = the unit helps the example.
-
-    Raises:
-        ValueError: a site is not the input of a linear layer with as many outputs as there are logits.
-    """
-    features, logits, y = read_features(model, sites, batches)
-    impact = {}
-    for site in sites:
-        weight = getattr(site.module, "weight", None)
-        rows = features[site.name]
-        fits = isinstance(site.module, nn.Linear) and site.side == "input" and len(rows) == len(y)
-        if not fits or not isinstance(weight, Tensor) or len(weight) not in (1, logits.shape[1]):
-            raise ValueError(
-                f"Site {site.name!r} does not feed the classification head directly; the score 'linear' is for the "
-                "input of the layer that makes the logits. Use 'taylor' or 'ablation' elsewhere."
-            )
-        centre = ranks.total(rows.sum(0)) / ranks.total(torch.tensor(float(len(rows)), device=rows.device))
-        impact[site.name] = linear_impact(
-            rows, weight.detach().float(), y, logits=logits, centre=centre if ablate == "mean" else "zero"
-        )
-    return impact
-
-
 IMPACTS: dict[str, ImpactFunction] = {
     "taylor": taylor_impact,
     "ablation": ablation_impact,
     "linear": head_impact,
 }
-"""Effect of each unit on each example: ``(model, sites, batches, **options)`` → ``{site: (S, N)}``."""
+"""Impact of each unit on each example by name: ``(model, sites, batches, **options)`` → ``{site: (S, N)}``."""
 
 
 def impact_score(
     impact: Mapping[str, Tensor], y: Tensor, atypical: Tensor, ranks: Ranks = ALONE, direction: Direction = "hurts"
 ) -> dict[str, Tensor]:
-    """Mean impact on the atypical examples, averaged over their classes, ``{site: (N,)}``; high = memorises.
+    """Score units by their mean impact on the atypical examples of each class, averaged over the classes.
 
-    ``"hurts"`` (for held-out examples): minus the mean, so that high = removing the unit should help the atypical ones,
-    because it holds the shortcut that fails them.  ``"helps"`` (for training examples): the mean itself, so that high =
-    the atypical ones are fitted by this unit.
+    Args:
+        impact: ``{site: (S, N)}``, positive = the unit helps the example.
+        y: ``(S,)`` class indices.
+        atypical: bool ``(S,)``.
+        ranks: processes of a distributed run.
+        direction: ``"hurts"`` (for held-out examples) takes minus the mean: the unit holds the shortcut that fails the
+            atypical examples.  ``"helps"`` (for training examples) takes the mean: the unit fits them.
+
+    Returns:
+        ``{site: (N,)}``, high = memorises.
 
     Raises:
         ValueError: unknown direction, or nothing is atypical.
+
+    Example:
+        >>> impact = {"fc:input": torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, -2.0]])}
+        >>> impact_score(impact, torch.tensor([0, 0, 0]), atypical=torch.tensor([False, False, True]))
+        {'fc:input': tensor([-1.,  2.])}
     """
     if direction not in ("hurts", "helps"):
         raise ValueError(f"direction must be 'hurts' or 'helps', got {direction!r}.")
@@ -124,7 +95,7 @@ def two_step_score(
     direction: Direction = "hurts",
     ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
-    """Taylor scores for all units, replaced by exact ablation for the shortlist of the highest ones.
+    """Score all units by :func:`~demem.tracing.taylor_impact`, and the highest ones again by exact ablation.
 
     Only the atypical examples are run.
 
@@ -133,19 +104,28 @@ def two_step_score(
         sites: from :func:`demem.sites.find_sites`.
         batches: examples.
         atypical: bool ``(S,)``; all examples if ``None``.
-        shortlist: how many units (or what share of them) to confirm.  With the default the whole takes less time than
-            five training passes over the examples on a ResNet-18.
-        ablate: see :func:`~demem.tracing.ablation.ablation_impact`, as is ``effect``.
-        effect: what is measured for the shortlist.
+        shortlist: number (``int``) or fraction (``float``) of the units to ablate.  With the default the score takes
+            less time than five training passes over the examples on a ResNet-18.
+        ablate, effect: see :func:`~demem.tracing.ablation_impact`.
         direction: see :func:`impact_score`.
-        ranks: of a distributed run.
+        ranks: processes of a distributed run.
 
     Returns:
-        ``{site: (N,)}``.  Units that are not confirmed are held below the lowest confirmed one, so that the top
-        of the ranking is exact.
+        ``{site: (N,)}``.  Scores of units outside of the shortlist are limited to just below the lowest exact one, so
+        that the top of the ranking is exact.
 
     Raises:
         ValueError: as the two scores.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> from demem.tracing import top_units
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> sites, data = find_sites(model, "1"), [Batch(torch.randn(20, 4), torch.arange(20) % 2)]
+        >>> score = two_step_score(model, sites, data, shortlist=4)
+        >>> exact = score_units("ablation", model, sites, data)
+        >>> torch.equal(top_units(score, 1)["1"], top_units(exact, 1)["1"])
+        True
     """
     batches = batches if isinstance(batches, Sequence) else list(batches)
     _, chosen = labels_and_chosen(batches, atypical)
@@ -186,10 +166,27 @@ SCORES: dict[str, ScoreFunction] = {
 def score_units(
     name: str, model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], **options: Any
 ) -> dict[str, Tensor]:
-    """The score of that name from :data:`SCORES`.
+    """Score units by the method of that name in :data:`SCORES`.
+
+    Args:
+        name: ``"magnitude"``, ``"gradient"``, ``"activation_difference"``, ``"taylor"``, ``"ablation"``, ``"linear"``
+            or ``"two_step"``.
+        model, sites, batches, options: arguments of the score.
+
+    Returns:
+        ``{site: (N,)}``, high = memorises.
 
     Raises:
-        ValueError: there is no such score (the message lists them), and as the score.
+        ValueError: there is no such score (the message lists them), or as the score.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
+        >>> model[0].weight.data = torch.eye(2)
+        >>> data = [Batch(torch.tensor([[3.0, 0.0], [1.0, 2.0]]), torch.tensor([0, 0]))]
+        >>> atypical = torch.tensor([False, True])  # unit 1 holds what misleads the second example
+        >>> score_units("ablation", model, find_sites(model, "0"), data, atypical=atypical, effect="margin")
+        {'0': tensor([-1.,  2.])}
     """
     if name not in SCORES:
         raise ValueError(f"Unknown score {name!r}; there are {sorted(SCORES)}.")
@@ -197,7 +194,7 @@ def score_units(
 
 
 def labels_and_chosen(batches: Sequence[Batch], atypical: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Labels ``(S,)`` of all batches, and the mask on their device (all ``True`` if ``None``).
+    """Return the labels ``(S,)`` of all batches, and the mask on their device (all ``True`` if ``None``).
 
     Raises:
         ValueError: no examples, or the mask is not a boolean of one entry per example.

@@ -1,4 +1,4 @@
-"""Which weights belong to which unit; single weights as units (the unstructured form of You et al. 2025)."""
+"""Assign weights to units, and rank single weights (the unstructured form of You et al. 2025)."""
 
 from __future__ import annotations
 
@@ -8,49 +8,40 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from demem.sites import Site
+from demem.sites import Site, own_weight
 
 
 def unit_of_weight(site: Site) -> Tensor:
-    """For every element of the site's weight the index of the unit it belongs to.
+    """Return the index of the unit that every element of a site's weight belongs to.
 
-    Output side: the filter, row or scale that makes the unit.  Input side: the columns that read it.
+    On the output side these are the filter, row or scale that computes the unit, on the input side the columns that
+    read it.
 
     Returns:
         int64, expanded to the shape of ``site.module.weight``.
 
     Raises:
-        ValueError: as :func:`own_weight`.
+        ValueError: as :func:`demem.sites.own_weight`.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> output, inputs = find_sites(nn.Sequential(nn.Linear(3, 2)), ["0", "0:input"])
+        >>> unit_of_weight(output).tolist(), unit_of_weight(inputs).tolist()
+        ([[0, 0, 0], [1, 1, 1]], [[0, 1, 2], [0, 1, 2]])
     """
     weight = own_weight(site)
     channels = _channel_of_weight(site.module, weight, site.side)
     return (channels // site.channels_per_unit).expand(weight.shape)
 
 
-def own_weight(site: Site) -> nn.Parameter:
-    """The weight of the site's layer.
-
-    Raises:
-        ValueError: the layer has no weight whose elements belong to its units (blocks, activations, pools), or its
-            weight is computed from others (weight norm, spectral norm).
-    """
-    module = site.module
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or site.num_units is None or isinstance(module, nn.MultiheadAttention):
-        raise ValueError(
-            f"Site {site.name!r} ({type(module).__name__}) has no weights of its own by unit. Name convolution, linear "
-            "or norm layers for this, e.g. '**.conv2'."
-        )
-    if not isinstance(weight, nn.Parameter):
-        raise ValueError(
-            f"The weight of site {site.name!r} is computed from other parameters, so it has no gradient of its own and "
-            "cannot be changed. Call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first (for "
-            "the old weight_norm and spectral_norm their own remove_ function)."
-        )
-    return weight
-
-
 def _channel_of_weight(module: nn.Module, weight: Tensor, side: str) -> Tensor:
+    """Return the channel of every element of the weight, broadcastable to its shape.
+
+    A convolution's weight is (C_out, C_in / groups, *kernel), a transposed one's (C_in, C_out / groups, *kernel).  The
+    first axis runs over all channels of its side.  The second runs over those of one group of the other side: element
+    (i, j) belongs to channel g · second + j with g = i // (first / groups) the group of i.
+    """
+
     def steps(n: int) -> Tensor:
         return torch.arange(n, device=weight.device)
 
@@ -58,7 +49,6 @@ def _channel_of_weight(module: nn.Module, weight: Tensor, side: str) -> Tensor:
     if isinstance(module, nn.modules.conv._ConvNd):
         groups = module.groups
         first, second = weight.shape[:2]
-        # The first axis runs over the groups; the second within one group.
         across = steps(first).view(-1, 1, *tail)
         within = steps(second).view(1, -1, *tail) + across // (first // groups) * second
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
@@ -71,7 +61,14 @@ def _channel_of_weight(module: nn.Module, weight: Tensor, side: str) -> Tensor:
 
 
 def unit_norms(site: Site, values: Tensor) -> Tensor:
-    """Euclidean norm, ``(N,)``, over each unit's elements of a tensor shaped like the site's weight."""
+    """Compute the Euclidean norm ``(N,)`` over each unit's elements of a tensor shaped like the site's weight.
+
+    Example:
+        >>> from demem.sites import find_sites
+        >>> site = find_sites(nn.Sequential(nn.Linear(2, 2)), "0")[0]
+        >>> unit_norms(site, torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([5., 1.])
+    """
     units = unit_of_weight(site)
     squares = values.detach().float().square()
     total = squares.new_zeros(site.require_num_units())
@@ -79,7 +76,13 @@ def unit_norms(site: Site, values: Tensor) -> Tensor:
 
 
 def prunable_weights(model: nn.Module, head: nn.Module | None = None) -> dict[str, nn.Parameter]:
-    """Weights of all convolutions and linear layers except ``head``, by parameter name (norms and biases stay)."""
+    """Return the weights of all convolutions and linear layers except ``head``, by parameter name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+        >>> list(prunable_weights(model, head=model[2]))
+        ['0.weight']
+    """
     chosen = {}
     for name, module in model.named_modules():
         kind = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
@@ -91,12 +94,12 @@ def prunable_weights(model: nn.Module, head: nn.Module | None = None) -> dict[st
 def top_weights(
     scores: Mapping[str, Tensor], fraction: float, which: Literal["largest", "smallest"] = "largest"
 ) -> dict[str, Tensor]:
-    """Mask of the fraction of all single weights with the largest or smallest score, over all tensors together.
+    """Select the fraction of all single weights with the largest or smallest score, over all tensors together.
 
     Args:
         scores: ``{parameter name: score}``, e.g. absolute weights or absolute gradients.
-        fraction: in (0, 1]; at least one weight.
-        which: end of the ranking.
+        fraction: fraction of the weights in (0, 1]; at least one weight.
+        which: ``"largest"`` or ``"smallest"`` scores.
 
     Returns:
         ``{parameter name: bool mask}`` with exactly ``max(1, round(fraction · total))`` entries set; ties break by
@@ -104,6 +107,10 @@ def top_weights(
 
     Raises:
         ValueError: no scores, or ``fraction`` is out of range.
+
+    Example:
+        >>> top_weights({"a": torch.tensor([[0.1, 0.9]]), "b": torch.tensor([0.5, 0.2])}, fraction=0.5)
+        {'a': tensor([[False,  True]]), 'b': tensor([ True, False])}
     """
     if not scores or not 0 < fraction <= 1:
         raise ValueError(f"Give at least one tensor of scores and a fraction in (0, 1], got {fraction}.")

@@ -1,7 +1,17 @@
-"""A 3x3 convolution by Winograd's minimal filtering, as matrix products over rows kept channels-last.
+"""Compute 3x3 convolutions of small maps by Winograd's minimal filtering (Lavin and Gray 2016).
 
-torch's CPU convolution spends much of its time on padding when a map is 2x2 or 4x4.  A 4x4 map is one tile of 36
-products instead of 144, a 2x2 map one of 9 instead of 36 (Lavin and Gray 2016).
+Derivation in one dimension.  Let n outputs of a filter of r taps be y_i = Σ_j w_j x_{i+j}.  This is the transpose of a
+product of polynomials: the map from x to y for fixed w is the transpose of u ↦ w(t) u(t) with deg u < n.  The product
+has n + r − 1 coefficients, so its values at n + r − 1 points (∞ is one: the leading coefficient) determine it.
+Evaluation of w (matrix G), evaluation of u (A transposed), pointwise product and interpolation (B transposed) give the
+product; transposed, they give
+
+    y = A [(G w) ⊙ (B x)],
+
+with n + r − 1 multiplications instead of n · r.  In two dimensions the matrices are applied along both axes, i.e. as
+Kronecker products.  A 4x4 map takes 36 products per pair of channels instead of 144, a 2x2 map 9 instead of 36.  Summed
+over the input channels, the pointwise products are one matrix product per point over rows kept channels-last, which
+also avoids the padding on which torch's CPU convolution spends much of its time for such small maps.
 """
 
 from __future__ import annotations
@@ -9,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# F(4x4, 3x3) with the points 0, ±1, ±2, ∞: y = A [(G w) ⊙ (B x)].
+# n = 4, r = 3 with the points 0, ±1, ±2, ∞.
 _B = torch.tensor([
     [4, 0, -5, 0, 1, 0],
     [0, -4, -4, 1, 1, 0],
@@ -32,7 +42,8 @@ _A = torch.tensor([
     [0, 1, 1, 4, 4, 0],
     [0, 1, -1, 8, -8, 1],
 ], dtype=torch.double)  # fmt: skip
-# A 2x2 map with padding: y0 = w1 x0 + w2 x1, y1 = w0 x0 + w1 x1, three products instead of four (Karatsuba).
+# A 2x2 map with padding: y0 = w1 x0 + w2 x1 = w1 (x0 + x1) + (w2 − w1) x1, y1 = w0 x0 + w1 x1 = w1 (x0 + x1) +
+# (w0 − w1) x0: three products instead of four (Karatsuba).
 _B2 = torch.tensor([[1, 1], [1, 0], [0, 1]], dtype=torch.double)
 _G2 = torch.tensor([[0, 1, 0], [1, -1, 0], [0, -1, 1]], dtype=torch.double)
 _A2 = torch.tensor([[1, 0, 1], [1, 1, 0]], dtype=torch.double)
@@ -47,7 +58,7 @@ class Conv3x3:
 
     @staticmethod
     def pays(module: nn.Conv2d, x: object) -> bool:
-        """Whether this can compute the layer for maps ``x`` and is faster than torch's own convolution."""
+        """Whether this class can compute the layer for maps ``x``, and is faster than torch's own convolution."""
         return (
             type(module) is nn.Conv2d
             and module.kernel_size == (3, 3)
@@ -73,7 +84,7 @@ class Conv3x3:
         if n == 2:
             read, write, key = torch.kron(_B2, _B2), torch.kron(_A2, _A2), 2
         else:
-            # Padding is folded in: of the six inputs of a tile only the inner four are there.
+            # The outer two of the six inputs of a tile are padding, hence zero: their columns of B are left out.
             read, write, key = torch.kron(_B[:, 1:5], _B[:, 1:5]), torch.kron(_A, _A), 4
         spread = torch.matmul(read.to(x.dtype), pixels)  # (R, points, C)
         product = torch.bmm(spread.transpose(0, 1), self._filter(key))  # (points, R, O)

@@ -1,4 +1,4 @@
-"""The measures as torchmetrics: fed batch by batch, reduced over processes."""
+"""The measures as torchmetrics: updated batch by batch, reduced over processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from demem.measures.reservoir import reservoir_compact, reservoir_keys
 
 
 class _Reservoir(Metric):
-    """Keeps up to ``capacity`` rows, drawn evenly from all that came; exact as long as no more than that came."""
+    """Keep a uniform sample of at most ``capacity`` of the rows seen; exact as long as there are no more."""
 
     is_differentiable = False
     higher_is_better = None
@@ -39,17 +39,21 @@ class _Reservoir(Metric):
         self.add_state("keys", default=[], dist_reduce_fx="cat")
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.add_state("seen", default=torch.tensor(0), dist_reduce_fx="sum")
-        # A MetricCollection merges metrics whose states agree after the first batch; the keys tell seeds apart.
+        # A MetricCollection merges metrics whose states agree after the first batch: `limit` keeps metrics of different
+        # capacity apart, and the keys those of different seeds.
         self.add_state("limit", default=torch.tensor(capacity), dist_reduce_fx="max")
 
     def update(self, activations: Activations, positions: Tensor | None = None) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
-            activations: ``(B, N)`` or ``{site: (B, N)}``, the same sites every time.
-            positions: ``(B,)`` integers that name the examples, e.g. positions in the data set.  With them the result
-                depends neither on the order nor on how processes share the data; without them rows are numbered
-                as they come.
+            activations: ``(B, N)`` or ``{site: (B, N)}``, the same sites in every batch.
+            positions: ``(B,)`` integers that identify the examples, e.g. positions in the data set.  They make the
+                result independent of the order and of the distribution over processes; without them rows are numbered
+                in their order.
+
+        Raises:
+            ValueError: the sites changed between batches, or as :func:`demem.measures.entropy`.
         """
         sites = as_sites(activations)
         widths = {name: x.shape[1] for name, x in sites.items()}
@@ -71,7 +75,11 @@ class _Reservoir(Metric):
             self.keys, self.rows = [keys], [kept]
 
     def activations(self) -> Activations:
-        """The rows kept so far, in the form in which they came."""
+        """Return the sample of rows, as a tensor or by site like the batches.
+
+        Raises:
+            RuntimeError: there was no batch.
+        """
         if self.widths is None:
             raise RuntimeError(f"{type(self).__name__} has no activations yet: call update() first.")
         _, rows = reservoir_compact(dim_zero_cat(self.keys), dim_zero_cat(self.rows), self.capacity)
@@ -86,9 +94,16 @@ class ActivationEntropy(_Reservoir):
 
     Args:
         bins, binning, value_range, correction: see there.
-        capacity: most rows kept (the paper: 10,000); memory is capacity × N values.  For data without a bound use
-            :class:`ActivationRange` and then :class:`HistogramEntropy`, which see every row.
-        seed: of the sample where more rows come.
+        capacity: keep at most this many rows (the paper's 10,000), a random sample of those seen; memory is
+            capacity × N values.  :class:`ActivationRange` and then :class:`HistogramEntropy` use every row instead.
+        seed: seed of the sample.
+
+    Example:
+        >>> metric = ActivationEntropy(bins=4)
+        >>> for batch in torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 3.0]]).split(2):
+        ...     metric.update(batch)
+        >>> metric.compute()
+        tensor([0.0000, 1.3863], dtype=torch.float64)
     """
 
     def __init__(
@@ -105,11 +120,11 @@ class ActivationEntropy(_Reservoir):
         self.options: dict[str, Any] = dict(bins=bins, binning=binning, value_range=value_range, correction=correction)
 
     def compute(self) -> Any:
-        """Entropy of every unit."""
+        """Compute the entropy of every unit, nats."""
         return entropy(self.activations(), **self.options)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Notched boxes, one a site; returns matplotlib's figure and axes."""
+        """Draw notched boxes, one per site; returns matplotlib's figure and axes."""
         from demem.measures.plots import plot_entropy
 
         return plot_entropy(self.compute() if val is None else val, ax=ax)
@@ -120,7 +135,7 @@ class MutualInformation(_Reservoir):
 
     Args:
         bins, binning, value_range, correction: see there.
-        capacity, seed: as for :class:`ActivationEntropy`.
+        capacity, seed: see :class:`ActivationEntropy`.
     """
 
     def __init__(
@@ -137,11 +152,11 @@ class MutualInformation(_Reservoir):
         self.options: dict[str, Any] = dict(bins=bins, binning=binning, value_range=value_range, correction=correction)
 
     def compute(self) -> Tensor:
-        """Mutual information of all pairs."""
+        """Compute the mutual information of all pairs, nats."""
         return mutual_information(self.activations(), **self.options, seed=self.seed)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Density of the pairs' values; returns matplotlib's figure and axes."""
+        """Draw the density of the pairs' values; returns matplotlib's figure and axes."""
         from demem.measures.plots import plot_mutual_information
 
         return plot_mutual_information(self.compute() if val is None else val, ax=ax)
@@ -152,8 +167,8 @@ class KSGMutualInformation(_Reservoir):
 
     Args:
         k, clip: see there.
-        capacity: most rows kept; the cost grows with it and with N².
-        seed: of the sample.
+        capacity: keep at most this many rows; the time grows with capacity and with N².
+        seed: seed of the sample.
     """
 
     def __init__(self, k: int = 3, clip: bool = True, capacity: int = 2_500, seed: int = 0, **kwargs: Any) -> None:
@@ -162,7 +177,7 @@ class KSGMutualInformation(_Reservoir):
         self.clip = clip
 
     def compute(self) -> Tensor:
-        """Mutual information of all pairs."""
+        """Compute the mutual information of all pairs, nats."""
         return ksg_mutual_information(self.activations(), self.k, self.clip)
 
     plot = MutualInformation.plot
@@ -172,7 +187,7 @@ class ActivationRange(Metric):
     """Smallest and largest activation of every unit: the first of two passes, see :class:`HistogramEntropy`.
 
     Args:
-        num_units: N.
+        num_units: number of units N.
     """
 
     is_differentiable = False
@@ -189,24 +204,36 @@ class ActivationRange(Metric):
         self.add_state("high", default=-full, dist_reduce_fx="max")
 
     def update(self, activations: Tensor) -> None:
-        """Take in a batch ``(B, N)``."""
+        """Add a batch ``(B, N)``."""
         x = _units(activations, len(self.low))
         self.low = torch.minimum(self.low, x.amin(0).double())
         self.high = torch.maximum(self.high, x.amax(0).double())
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """``(low, high)``, each ``(N,)`` float64."""
+        """Return ``(low, high)``, each ``(N,)`` float64."""
         return self.low, self.high
 
 
 class HistogramEntropy(Metric):
-    """Entropy from histograms with known ranges: every row counts, memory is N × bins, counts add up over processes.
+    """Entropy from histograms over known ranges, which uses every row in a memory of N × bins counts.
 
     Args:
-        low, high: ``(N,)`` ranges, e.g. ``share_ranges`` of what :class:`ActivationRange` returns; values outside go to
-            the end bins.
+        low, high: ``(N,)`` ranges; values outside fall into the end bins.
         bins: number of bins B.
         correction: see :func:`demem.measures.entropy`.
+
+    Raises:
+        ValueError: ``low`` and ``high`` differ in shape, or ``low`` exceeds ``high``.
+
+    Example:
+        >>> x, ends = torch.randn(1000, 3), ActivationRange(num_units=3)
+        >>> for batch in x.split(100):
+        ...     ends.update(batch)
+        >>> metric = HistogramEntropy(*ends.compute(), bins=20)
+        >>> for batch in x.split(100):
+        ...     metric.update(batch)
+        >>> torch.equal(metric.compute(), entropy(x, bins=20, binning="per_unit"))
+        True
     """
 
     is_differentiable = False
@@ -230,18 +257,18 @@ class HistogramEntropy(Metric):
         self.add_state("counts", default=torch.zeros(len(low), bins, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, activations: Tensor) -> None:
-        """Take in a batch ``(B, N)``."""
+        """Add a batch ``(B, N)``."""
         x = _units(activations, len(self.counts))
         self.counts += histogram(x, self.low, self.high, self.bins)
 
     def compute(self) -> Tensor:
-        """Entropy of every unit, ``(N,)``."""
+        """Compute the entropy of every unit, ``(N,)`` nats."""
         return entropy_from_counts(self.counts, self.correction)
 
 
 def _units(activations: Tensor, number: int) -> Tensor:
     (x,) = as_sites(activations).values()
-    if x.shape[1] != number:  # a single unit would be broadcast to all
+    if x.shape[1] != number:  # a single unit would broadcast to all
         raise ValueError(f"The activations must be of {number} units, got {x.shape[1]}.")
     return x
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from demem.tracing.shortcut import _sure, find_shortcut, probe_shortcut
+from demem.groups import find_shortcut, probe_shortcut
+from demem.groups.probe import _sure
 
 
 def _layers(n=2000, share=0.95, seed=0):
@@ -75,3 +76,14 @@ def test_is_class_balanced_and_multiclass():
 def test_refuses_nothing_to_probe():
     with pytest.raises(ValueError, match="at least one layer"):
         find_shortcut({}, torch.tensor([0, 1]), 2)
+
+
+def test_every_class_counts_the_same_in_the_probe():
+    """Of 20 : 1 overlapping classes a probe without class weights gives up the small one."""
+    generator = torch.Generator().manual_seed(0)
+    y = (torch.arange(2100) % 21 == 0).long()
+    x = torch.randn(2100, 3, generator=generator) + 1.5 * y[:, None]
+    probe = probe_shortcut(x, y, 2)
+    assert probe.error < 0.2
+    wrong = probe.attribute != y
+    assert float(wrong[y == 1].float().mean()) < 0.2

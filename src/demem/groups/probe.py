@@ -1,14 +1,14 @@
-"""Find the shortcut without group labels: what a shallow layer can already tell about the class.
+"""Find the shortcut without group labels: what a shallow layer already predicts of the class.
 
 A spurious attribute is easier than the class itself, so it can be read linearly from an early layer, before the network
 has learned the task.  A regularised linear probe of the class on such a layer follows the attribute, and the examples
 that it gets wrong when it is cross-fitted (fitted without them) are those that go against the attribute: the minority.
-Nothing was trained on the example that is judged, so memorization does not hide it, as it does on the network's own
-training examples, and no held-out data is needed.
+The probe is not fitted on the example that it judges, so memorization does not hide the minority, as it does on the
+network's own training examples, and no held-out data is needed.
 
 Where the class is as easy to read as any attribute, the probe is nearly always right and its mistakes are merely hard
-examples.  That can be told: a probe that follows an attribute is sure also where the attribute misleads it, on hard
-examples it is not.
+examples.  The two can be distinguished: a probe that follows an attribute is confident also where the attribute
+misleads it, and on hard examples it is not.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import torch
 from torch import Tensor
 
 from demem.linear import LinearHead, balanced_weights, crossfit_logits, fit_linear
-from demem.tracing.atypical import margins
+from demem.tracing import margins
 
 PROBE_L2 = 1e-2
-PROGRESS = 0.8  # from chance to the best layer
-UNSURE = 0.05  # of the right answers, those with the smallest margins
-MIN_SURE = 1 / 3  # of the mistakes; for hard examples up to .28 was seen, for shortcuts from .42
+PROGRESS = 0.8  # from chance's error to that of the best layer
+UNSURE = 0.05  # fraction of the right answers, those with the smallest margins, that count as not confident
+MIN_SURE = 1 / 3  # fraction of the mistakes; up to .28 was measured for hard examples, from .42 for shortcuts
 
 
 class ShortcutProbe(NamedTuple):
-    """What the probe says.
+    """A probe of the class at one layer, and whether it follows a shortcut.
 
     Attributes:
         site: name of the layer that was probed.
         attribute: ``(S,)`` class that the probe names for each example without having seen it: the inferred attribute.
         head: the probe fitted on all examples, to name the attribute of others.
-        error: mean over classes of the share of examples that the cross-fitted probe gets wrong.
-        sure: share of the mistakes whose margin (largest logit minus second) is at least the 5% quantile of the margins
-            of the right answers in the same class; 1 if there are no mistakes.
+        error: mean over classes of the fraction of examples that the cross-fitted probe gets wrong.
+        sure: fraction of the mistakes whose margin (largest logit minus second) is at least the 5% quantile of the
+            margins of the right answers in the same class; 1 if there are no mistakes.
         found: whether they can be those of a shortcut: ``sure`` is at least ``min_sure``.
     """
 
@@ -80,16 +80,29 @@ def probe_shortcut(
         num_classes: number of classes.
         site: its name, for the report.
         l2: see :func:`demem.linear.fit_linear`.
-        min_sure: least share of sure mistakes for a shortcut, in [0, 1]; 0 always takes the mistakes for one.
+        min_sure: minimum fraction of confident mistakes for the probe to count as following a shortcut; 0 always
+            assumes one.
 
     Raises:
         ValueError: a class has fewer than two examples, or a feature is not finite.
+
+    Example:
+        >>> y = torch.arange(200) % 2
+        >>> attribute = torch.where(torch.arange(200) < 180, y, 1 - y)  # agrees with the class in 90%
+        >>> probe = probe_shortcut(4.0 * attribute[:, None] + torch.randn(200, 3), y, 2)
+        >>> probe.found, round(probe.error, 1), float((probe.attribute == attribute).float().mean()) > 0.95
+        (True, 0.1, True)
     """
     return find_shortcut({site: features}, y, num_classes, l2=l2, min_sure=min_sure)
 
 
 def class_error(logits: Tensor, y: Tensor) -> float:
-    """Mean over classes of the share of examples whose largest logit is another class's."""
+    """Mean over classes of the fraction of examples whose largest logit is another class's.
+
+    Example:
+        >>> class_error(torch.eye(2)[[0, 0, 1, 0]], torch.tensor([0, 0, 1, 1]))
+        0.25
+    """
     wrong = (logits.argmax(1) != y).float()
     return float(torch.stack([wrong[y == c].mean() for c in sorted(set(y.tolist()))]).mean())
 
@@ -111,11 +124,11 @@ def find_shortcut(
     l2: float = PROBE_L2,
     min_sure: float = MIN_SURE,
 ) -> ShortcutProbe:
-    """Probe several layers and keep the earliest one that tells the class nearly as well as the best of them.
+    """Probe several layers and keep the earliest one that predicts the class nearly as well as the best of them.
 
     Deeper layers know more of the class itself, so their probes make fewer mistakes on the minority; a layer that is
-    too early knows neither.  "Nearly as well" is a cross-fitted error that has come at least the share ``progress`` of
-    the way from chance, (C − 1)/C, down to the lowest.
+    too early knows neither.  "Nearly as well" is a cross-fitted error that has come at least the fraction ``progress``
+    of the way from chance, (C − 1)/C, down to the lowest.
 
     Args:
         features: ``{site name: (S, N)}`` in the order of the network, the first layer first.
@@ -127,6 +140,14 @@ def find_shortcut(
 
     Raises:
         ValueError: no site is given, or as :func:`probe_shortcut`.
+
+    Example:
+        >>> y = torch.arange(200) % 2
+        >>> attribute = torch.where(torch.arange(200) < 180, y, 1 - y)
+        >>> early = 4.0 * attribute[:, None] + torch.randn(200, 3)
+        >>> late = torch.cat([early, y[:, None] + torch.randn(200, 3)], 1)
+        >>> find_shortcut({"early": early, "late": late}, y, 2).site  # the late layer knows more of the class itself
+        'early'
     """
     if not features or not 0 <= progress <= 1:
         raise ValueError("find_shortcut needs at least one layer, and progress in [0, 1].")

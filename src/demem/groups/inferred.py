@@ -1,0 +1,212 @@
+"""Groups of the training and the held-out examples, and which of two probes they come from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demem.groups.probe import ShortcutProbe
+from demem.linear import balanced_weights, fit_linear
+
+MANY_ERRORS = 0.25  # × chance's error; a probe that makes more follows no shortcut, as a minority is small
+FEW_ERRORS = 0.15  # × chance's error; the same after an epoch, when the network knows more of the class itself
+_KNOWN_L2 = 1e-2
+
+
+@dataclass(frozen=True)
+class Groups:
+    r"""The group of every example, and the probe that they come from.
+
+    Attributes:
+        index: ``(S,)`` int64, group of each training example: :math:`y · C + a` with the class :math:`y`, the inferred
+            attribute :math:`a` and :math:`C` classes; :math:`y · C + y` without a shortcut.
+        held_out: ``(H,)`` int64, the same of each held-out example.
+        y, held_out_y: ``(S,)`` and ``(H,)`` int64, their classes.
+        num_classes: :math:`C`.
+        site: the layer that was probed.
+        error: of the cross-fitted probe, mean over classes, a fraction.
+        sure: fraction of its mistakes that it is confident of.
+        shortcut: whether these mistakes are those of a shortcut.
+        known: whether the groups are true ones of the held-out examples, transferred to the training examples.
+        epoch: epochs of training that went before.
+    """
+
+    index: Tensor
+    held_out: Tensor
+    y: Tensor
+    held_out_y: Tensor
+    num_classes: int
+    site: str
+    error: float
+    sure: float
+    shortcut: bool
+    known: bool = False
+    epoch: int = 0
+
+    def __repr__(self) -> str:
+        what = "known groups" if self.known else "a shortcut" if self.shortcut else "no shortcut"
+        return (
+            f"Groups({what}; probe of {self.site!r} after {self.epoch} epochs: error {self.error:.2f}, "
+            f"{self.sure:.2f} of its mistakes confident; training examples per group: {self.sizes})"
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        """Training examples of each group, in the order of its index."""
+        return torch.bincount(self.index).tolist()
+
+    @property
+    def typical(self) -> Tensor:
+        """``(C,)`` the largest group of each class in the training set."""
+        return largest_groups(self.y, self.index, self.num_classes)
+
+    @property
+    def informative(self) -> bool:
+        """Whether the groups say more than the classes do."""
+        return self.known or self.shortcut
+
+    @property
+    def many_errors(self) -> bool:
+        """Whether the probe makes too many mistakes to follow a shortcut, whose minority is small."""
+        return self.error > MANY_ERRORS * _chance(self.num_classes)
+
+    def without_shortcut(self) -> Groups:
+        """The same, where the probe's mistakes are merely hard: groups that are inferred become the classes."""
+        if self.known:
+            return replace(self, shortcut=False)
+        same = self.num_classes + 1
+        return replace(self, shortcut=False, index=same * self.y, held_out=same * self.held_out_y)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives, for a checkpoint; ``Groups(**state)`` is the opposite."""
+        return asdict(self)
+
+
+def infer_groups(
+    probe: ShortcutProbe, y: Tensor, held_out_features: Tensor, held_out_y: Tensor, epoch: int = 0
+) -> Groups:
+    """Cross the class with what the probe says.
+
+    Args:
+        probe: from :func:`demem.groups.find_shortcut` on the training examples.
+        y: ``(S,)`` their classes.
+        held_out_features: ``(H, N)`` activations of the held-out examples at ``probe.site``.
+        held_out_y: ``(H,)`` their classes.
+        epoch: epochs of training that went before.
+
+    Example:
+        >>> from demem.groups import probe_shortcut
+        >>> x, y = torch.tensor([[0.0], [0.1], [1.0], [0.9]]).repeat(8, 1), torch.tensor([0, 0, 1, 1]).repeat(8)
+        >>> y[3] = 0  # goes against the rest: its feature says class 1
+        >>> infer_groups(probe_shortcut(x, y, 2), y, x, y).sizes
+        [16, 1, 0, 15]
+    """
+    return _groups(probe, probe.groups(y), probe.groups(held_out_y, held_out_features), y, held_out_y, False, epoch)
+
+
+def known_groups(
+    probe: ShortcutProbe,
+    features: Tensor,
+    y: Tensor,
+    held_out_features: Tensor,
+    held_out_y: Tensor,
+    held_out_group: Tensor,
+    epoch: int = 0,
+) -> Groups:
+    """Take the true groups of the held-out examples, and infer those of the training examples from them.
+
+    A class-balanced linear probe of the group is fitted on the held-out examples; a training example can only be of a
+    group that its class has there.
+
+    Args:
+        probe: from :func:`demem.groups.find_shortcut`; names the layer and is recorded.
+        features, held_out_features: ``(S, N)`` and ``(H, N)`` activations at ``probe.site``.
+        y, held_out_y: ``(S,)`` and ``(H,)`` classes.
+        held_out_group: ``(H,)`` true groups; those that span classes (attributes) are crossed with the class.
+        epoch: epochs of training that went before.
+
+    Example:
+        >>> from demem.groups import probe_shortcut
+        >>> x, y = torch.tensor([[0.0], [1.0]]).repeat(8, 1), torch.tensor([0, 0, 1, 1]).repeat(4)
+        >>> attribute = torch.tensor([0, 1]).repeat(8)  # known of the held-out examples, here the same as the others
+        >>> known_groups(probe_shortcut(x, y, 2), x, y, x, y, attribute).sizes
+        [4, 4, 4, 4]
+    """
+    group = _within_classes(held_out_y, held_out_group)
+    logits = fit_linear(held_out_features, group, balanced_weights(group), _KNOWN_L2)(features)
+    possible = torch.zeros(int(max(y.max(), held_out_y.max())) + 1, logits.shape[1], dtype=torch.bool, device=y.device)
+    possible[held_out_y, group] = True
+    index = logits.masked_fill(~possible[y], -torch.inf).argmax(1)
+    return _groups(probe, index, group, y, held_out_y, True, epoch)
+
+
+def second_look(first: Groups, second: Groups) -> Groups:
+    """Decide between a probe made before training that makes many mistakes, and one made after an epoch.
+
+    Once trained, a network leans on the shortcut itself and soon knows the class, so few mistakes are fewer then.
+
+    ====================================  ===========================================
+    mistakes of the second probe          what counts
+    ====================================  ===========================================
+    at most 0.15 × chance's               the second probe
+    more, but at most half the first's    no shortcut: both probes' mistakes were hard
+    more than half the first's            the first probe
+    ====================================  ===========================================
+
+    Args:
+        first: before training.
+        second: after an epoch.
+
+    Example:
+        >>> groups = torch.zeros(2, dtype=torch.long)
+        >>> first = Groups(groups, groups, groups, groups, 2, "layer1", 0.3, 0.9, True)
+        >>> second_look(first, replace(first, error=0.05, epoch=1)).epoch
+        1
+    """
+    if second.error <= FEW_ERRORS * _chance(second.num_classes):
+        return second
+    return first if second.error > first.error / 2 else second.without_shortcut()
+
+
+def largest_groups(y: Tensor, group: Tensor, num_classes: int) -> Tensor:
+    """``(C,)`` the largest group of each class; :math:`-1` for a class without examples.
+
+    Example:
+        >>> largest_groups(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 1, 2]), 2)
+        tensor([1, 2])
+    """
+    return torch.stack(
+        [(group[y == c].mode().values if bool((y == c).any()) else group.new_tensor(-1)) for c in range(num_classes)]
+    )
+
+
+def _groups(
+    probe: ShortcutProbe, index: Tensor, held_out: Tensor, y: Tensor, held_out_y: Tensor, known: bool, epoch: int
+) -> Groups:
+    return Groups(
+        index.cpu(),
+        held_out.cpu(),
+        y.cpu(),
+        held_out_y.cpu(),
+        len(probe.head.bias),
+        probe.site,
+        probe.error,
+        probe.sure,
+        probe.found,
+        known,
+        epoch,
+    )
+
+
+def _within_classes(y: Tensor, group: Tensor) -> Tensor:
+    """Groups that do not span classes: those given, or class and attribute crossed where they name an attribute."""
+    groups = int(group.max()) + 1
+    crossed = y * groups + group
+    return group if len(set(crossed.tolist())) == len(set(group.tolist())) else crossed
+
+
+def _chance(num_classes: int) -> float:
+    return 1 - 1 / num_classes

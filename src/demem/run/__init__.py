@@ -1,0 +1,67 @@
+"""The Trainer as data: read the examples of a run, weight how they are drawn, and refit its head.
+
+Everything that has to know a ``Trainer`` is here: which loaders there are, in what order their examples come, how the
+rows of several processes are put together, how modes and random state are restored, and what Lightning keeps private.
+A callback of your own reads a run in three lines::
+
+    data = RunData(trainer, pl_module)
+    rows = data.held_out.read(default_sites(pl_module))
+    rows.y, rows.group, rows.activations["layer4"]  # (S,), (S,) or None, (S, N)
+"""
+
+from demem.run.balance import rebalance
+from demem.run.cure import read_examples, remove_and_refit, trained_parameters
+from demem.run.data import Rows, RunData, Split, UnevenRows
+from demem.run.detection import has_learned, infer_groups_of_run
+from demem.run.head import check_head, model_with_head, read_head, write_head
+from demem.run.loaders import (
+    draws_evenly,
+    find_grouper,
+    first_loader,
+    has_positions,
+    held_out_loader,
+    sampler_of,
+    train_loader,
+)
+from demem.run.passes import examples, in_extra_pass, isolated_rng, undisturbed
+from demem.run.processes import gather_rows, ranks_of, validating_ranks
+from demem.run.sampling import ReweightedSampler, reweight
+from demem.run.sizes import TrainingSizes
+from demem.run.stage import is_dry_run, is_last_step, resumed_within_epoch
+
+__all__ = [
+    "ReweightedSampler",
+    "Rows",
+    "RunData",
+    "Split",
+    "TrainingSizes",
+    "UnevenRows",
+    "check_head",
+    "draws_evenly",
+    "examples",
+    "find_grouper",
+    "first_loader",
+    "gather_rows",
+    "has_learned",
+    "has_positions",
+    "held_out_loader",
+    "in_extra_pass",
+    "infer_groups_of_run",
+    "is_dry_run",
+    "is_last_step",
+    "isolated_rng",
+    "model_with_head",
+    "ranks_of",
+    "read_examples",
+    "read_head",
+    "rebalance",
+    "remove_and_refit",
+    "resumed_within_epoch",
+    "reweight",
+    "sampler_of",
+    "train_loader",
+    "trained_parameters",
+    "undisturbed",
+    "validating_ranks",
+    "write_head",
+]

@@ -1,0 +1,156 @@
+"""Cure the network of a run: the functions of :mod:`demem.removal` on what :class:`RunData` reads."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from demem.groups import Groups
+from demem.linear import few_of_each_group
+from demem.removal import (
+    TRACED,
+    Examples,
+    Round,
+    RoundRecord,
+    fine_tune,
+    remove_in_rounds,
+    tuning_subset,
+)
+from demem.run.data import RunData
+from demem.run.head import read_head, write_head
+from demem.run.passes import undisturbed
+from demem.run.processes import copy_first
+from demem.sites import Gates, remove_gates
+
+FINE_TUNE_LR = 1e-4
+
+Choose = Callable[[Sequence[Round], Examples, Groups], int]
+
+
+def remove_and_refit(
+    data: RunData,
+    groups: Groups,
+    positions: Tensor,
+    choose: Choose,
+    shares: Sequence[float],
+    passes: int,
+    seed: int,
+) -> tuple[list[RoundRecord], int]:
+    """Mask units that memorise, refit the head, and fine-tune the network.
+
+    Args:
+        data: of the run.
+        groups: of its training and held-out examples.
+        positions: ``(S,)`` of the training examples in their data set.
+        choose: index of the round to keep.
+        shares: see :func:`demem.removal.remove_in_rounds`.
+        passes: of fine-tuning over the subset of the held-out examples; 0 leaves it out.
+        seed: of all draws.
+
+    Returns:
+        what is known of each round, and how many examples the network was fine-tuned on.
+
+    Raises:
+        ValueError: the data are not those of the groups.
+    """
+    train, held_out, held_out_positions = read_examples(data, groups, positions, seed)
+    rounds = remove_in_rounds(
+        train,
+        held_out,
+        read_head(data.head),
+        num_classes=data.num_classes,
+        shares=shares,
+        typical=groups.typical,
+    )
+    broadcast = data.trainer.strategy.broadcast
+    chosen = broadcast(choose(rounds, held_out, groups))
+    records = broadcast([round_.record(chosen=i == chosen, refit=i > 0) for i, round_ in enumerate(rounds)])
+    if chosen == 0:
+        return records, 0
+    write_head(data.head, broadcast(rounds[chosen].head))
+    gate = broadcast(rounds[chosen].gate)
+    return records, _fine_tune(data, held_out, held_out_positions, gate, passes, seed)
+
+
+def read_examples(data: RunData, groups: Groups, positions: Tensor, seed: int) -> tuple[Examples, Examples, Tensor]:
+    """What the head reads of some training examples of each group and of the held-out ones, and the latter's positions.
+
+    Args:
+        data: of the run.
+        groups: of its training and held-out examples.
+        positions: ``(S,)`` of the training examples in their data set, ascending.
+        seed: of the draw of training examples.
+    """
+    site = data.head_input
+    few = few_of_each_group(groups.index, TRACED, torch.Generator().manual_seed(seed)).sort().values
+    train = data.train.read([site], "tracing", only=positions[few])
+    held_out = data.held_out.read([site], "tracing")
+    read = train.position.cpu()
+    if not torch.equal(held_out.y.cpu(), groups.held_out_y) or not bool(torch.isin(read, positions).all()):
+        raise changed_data()
+    where = torch.searchsorted(positions, read)
+    if not torch.equal(train.y.cpu(), groups.y[where]):
+        raise changed_data()
+    device = train.y.device
+    return (
+        Examples(train.activations[site.name], train.y, groups.index[where].to(device)),
+        Examples(held_out.activations[site.name], held_out.y, groups.held_out.to(device)),
+        held_out.position.cpu(),
+    )
+
+
+def changed_data() -> ValueError:
+    """The error for data that are not those that groups were inferred for."""
+    return ValueError(
+        "The training or validation data is not what was there when training began. Use a new MemorizationRemover for "
+        "other data, and a data set that gives its examples in the same order each time."
+    )
+
+
+def _fine_tune(data: RunData, held_out: Examples, positions: Tensor, gate: Tensor, passes: int, seed: int) -> int:
+    """The number of examples that the network was fine-tuned on."""
+    generator = torch.Generator().manual_seed(seed)
+    subset = tuning_subset(held_out.group, held_out.y, data.num_classes, generator)
+    split = data.held_out
+    if passes == 0 or subset is None or not split.has_positions:
+        return 0
+    trainer, pl_module, site = data.trainer, data.pl_module, data.head_input
+    chosen, size = positions[subset.cpu()], data.train.batch_size
+    generator = torch.Generator().manual_seed(seed)
+    orders = [chosen[torch.randperm(len(chosen), generator=generator)] for _ in range(passes)]
+    parameters = trained_parameters(trainer, pl_module)
+    gates = Gates([site])  # units that are masked stay so
+    gates[site.name] = gate
+    try:
+        with undisturbed(trainer, pl_module, grad=True):
+            result = fine_tune(
+                data.model,
+                parameters,
+                (batch for order in orders for batch in split.batches_at(order, size)),
+                steps=passes * math.ceil(len(chosen) / size),
+                lr=FINE_TUNE_LR,
+                agree=trainer.strategy.reduce_boolean_decision,
+            )
+    finally:
+        remove_gates(gates)
+    if not result.kept:
+        warnings.warn(
+            f"Fine-tuning on held-out examples took their loss from {result.before:.3g} to {result.after:.3g}, so the "
+            "weights are those before it. fine_tune=0 leaves it out.",
+            stacklevel=2,
+        )
+        return 0
+    copy_first(trainer, parameters)
+    return len(chosen)
+
+
+def trained_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Tensor]:
+    """The parameters that the run's optimizers hold; all that ask for a gradient, if no optimizer is known."""
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    # A module that steps by itself may hide its optimizer.
+    return [p for p in pl_module.parameters() if p.requires_grad and (id(p) in held or not held)]

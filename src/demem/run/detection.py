@@ -1,0 +1,119 @@
+"""Infer the groups of a run's examples: the functions of :mod:`demem.groups` on what :class:`RunData` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from demem.groups import Groups, ShortcutProbe, class_error, infer_groups, known_groups
+from demem.run.data import Rows, RunData
+from demem.run.head import read_head
+from demem.sites import Site, default_sites, find_sites
+
+CHOSEN_ON = 20_000  # training examples that the probed layer is chosen on: those of all layers are in memory at once
+LEARNED_ON, AT_CHANCE = 2_000, 0.8  # the network counts as untrained while its error on 2,000 exceeds 0.8 × chance
+
+Detect = Callable[[Mapping[str, Tensor], Tensor, int], ShortcutProbe]
+
+
+def infer_groups_of_run(
+    data: RunData, layers: str | Sequence[str] | None, detect: Detect, use_groups: bool, epoch: int
+) -> tuple[Groups, Tensor]:
+    """Probe the layers on the training examples, and give these and the held-out examples a group.
+
+    Where there are more than 20,000 training examples, the layer is chosen on that many, and then read of all.
+
+    Args:
+        data: of the run.
+        layers: patterns (:func:`demem.sites.find_sites`) of the layers to probe, shallow ones first; ``None`` takes the
+            input of the first block or layer, and the outputs of those blocks, stages or layers that run.
+        detect: gives the probe for ``{site: (S, N)}``, classes and their number, as :func:`demem.groups.find_shortcut`.
+        use_groups: the true groups of the held-out examples are used.
+        epoch: epochs of training that went before.
+
+    Returns:
+        the groups, the same on all processes, and positions ``(S,)`` of the training examples in their data set.
+
+    Raises:
+        ValueError: labels out of range, a class with fewer than two examples, groups asked for but not in the batches,
+            or as :meth:`demem.run.Split.read`.
+    """
+    what, classes = "finding the shortcut", data.num_classes
+    sites, optional = _sites(data, layers), layers is None
+    probe, train, site = _probe(data, sites, detect, optional, what)
+    held_out = data.held_out.read([site], what, optional=optional)
+    check_classes(held_out.y, classes, "validation")
+    features = held_out.activations[site.name]
+    if not use_groups:
+        groups = infer_groups(probe, train.y, features, held_out.y, epoch)
+    elif held_out.group is None:
+        raise ValueError(
+            "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set use_groups=False."
+        )
+    else:
+        groups = known_groups(probe, train.activations[site.name], train.y, features, held_out.y, held_out.group, epoch)
+    # What follows from the groups must be the same on all processes, and rounding differs between devices.
+    return data.trainer.strategy.broadcast(groups), train.position.cpu()
+
+
+def has_learned(data: RunData) -> bool:
+    """Whether the network does better than chance on what it is trained on; else it leans on nothing yet."""
+    rows = data.train.read([data.head_input], "probing", limit=LEARNED_ON)
+    error = class_error(read_head(data.head)(rows.activations[data.head_input.name]), rows.y)
+    learned: bool = data.trainer.strategy.broadcast(error < AT_CHANCE * (1 - 1 / data.num_classes))
+    return learned
+
+
+def check_classes(y: Tensor, num_classes: int, where: str) -> None:
+    """Refuse labels that the head does not have, and classes with fewer than two examples.
+
+    Args:
+        y: ``(S,)`` class indices.
+        num_classes: of the head.
+        where: name of the data, for the message.
+    """
+    _check_range(y, num_classes, where)
+    few = [c for c, n in enumerate(torch.bincount(y, minlength=num_classes).tolist()) if n < 2]
+    if few:
+        raise ValueError(
+            f"Of class {few} there are fewer than two among the {len(y)} {where} examples, so its units cannot be "
+            f"traced. Use a {where} set with every class (are the batches limited, or the set sorted by class?)."
+        )
+
+
+def _sites(data: RunData, layers: str | Sequence[str] | None) -> list[Site]:
+    if layers is not None:
+        return find_sites(data.pl_module, layers)
+    sites = [site for site in default_sites(data.pl_module, data.head_name) if site.module is not data.head]
+    if not sites:  # a linear model: the head's input is all there is
+        return [data.head_input]
+    return [Site(f"{sites[0].name}:input", sites[0].module, "input"), *sites]
+
+
+def _check_range(y: Tensor, num_classes: int, where: str) -> None:
+    if int(y.max()) >= num_classes:
+        raise ValueError(f"Label {int(y.max())} in the {where} data is out of range: the head has {num_classes}.")
+
+
+def _probe(
+    data: RunData, sites: Sequence[Site], detect: Detect, optional: bool, what: str
+) -> tuple[ShortcutProbe, Rows, Site]:
+    """The probe, the training examples with the activations that it reads, and its site."""
+    classes = data.num_classes
+    rows = data.train.read(sites, what, optional=optional, limit=CHOSEN_ON)
+    _check_range(rows.y, classes, "training")
+    whole = len(rows) < CHOSEN_ON
+    if whole or int(torch.bincount(rows.y, minlength=classes).min()) > 1:
+        check_classes(rows.y, classes, "training")
+        probe = detect(rows.activations, rows.y, classes)
+        chosen = data.trainer.strategy.broadcast(probe.site)
+        sites = [site for site in sites if site.name == chosen]
+        if chosen != probe.site:  # rounding differs between devices
+            probe = detect({chosen: rows.activations[chosen]}, rows.y, classes)
+    if not whole:
+        rows = data.train.read(sites, what, optional=optional)
+        check_classes(rows.y, classes, "training")
+        probe = detect(rows.activations, rows.y, classes)
+    return probe, rows, next(site for site in sites if site.name == probe.site)

@@ -1,0 +1,204 @@
+"""The loaders of a run: which there are, what their samplers draw from, and how to read their data sets in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from demem.run.sampling import ReweightedSampler
+
+# What a sampler that is known does; of another one (or of a subclass) neither is taken for granted.
+_DRAW_EVENLY: tuple[type[Sampler[Any]], ...] = (
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    DistributedSampler,
+)
+_DRAW_FROM_ALL: tuple[type[Sampler[Any]], ...] = (
+    SequentialSampler,
+    RandomSampler,
+    DistributedSampler,
+    WeightedRandomSampler,
+    ReweightedSampler,
+)
+
+
+def first_loader(loaders: Any) -> Any:
+    """The first of what a trainer holds: a loader, or a dict or list of loaders."""
+    if isinstance(loaders, dict) and loaders:
+        loaders = next(iter(loaders.values()))
+    return loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+
+
+def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
+    """The first validation loader of a fit: data that the network does not train on.
+
+    Raises:
+        ValueError: there is no validation data, or ``limit_val_batches=0`` switches it off.
+    """
+    if trainer.val_dataloaders is None and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loader = first_loader(trainer.val_dataloaders)
+    if not isinstance(loader, DataLoader) or trainer.limit_val_batches == 0:
+        raise ValueError(
+            "demem needs held-out examples: give the Trainer a validation DataLoader (and do not set "
+            "limit_val_batches=0 or a fast run without validation)."
+        )
+    return loader
+
+
+def train_loader(trainer: pl.Trainer) -> DataLoader[Any]:
+    """The (first) training loader of a fit.
+
+    Raises:
+        ValueError: it is not a ``DataLoader``.
+    """
+    loader = first_loader(trainer.train_dataloader)
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"demem needs a training DataLoader to read in order, got {type(loader).__name__}.")
+    return loader
+
+
+def has_positions(loader: DataLoader[Any]) -> bool:
+    """Whether examples of the loader's data set can be read by their positions (it is not iterable)."""
+    return not isinstance(loader.dataset, IterableDataset) and loader.batch_sampler is not None
+
+
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """What the loader's batches are drawn by, without Lightning's wrapper for several processes."""
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", None)
+    return sampler if wrapped is None else wrapped
+
+
+def draws_evenly(loader: Any) -> bool:
+    """Whether the loader is known to draw all examples that it draws from equally often."""
+    if not isinstance(loader, DataLoader) or not has_positions(loader):
+        return True
+    sampler = sampler_of(loader)
+    return type(sampler) in _DRAW_EVENLY and not bool(getattr(sampler, "replacement", False))
+
+
+def find_grouper(trainer: pl.Trainer, loader: DataLoader[Any]) -> Callable[[Tensor], Tensor] | None:
+    """``metadata_to_group`` of the data module's ``grouper`` or of a wilds data set behind the loader, if any."""
+    candidates = [getattr(trainer, "datamodule", None)]
+    dataset = getattr(loader, "dataset", None)
+    while dataset is not None and len(candidates) < 10:
+        candidates.append(dataset)
+        dataset = getattr(dataset, "dataset", None)
+    for owner in candidates:
+        grouper = getattr(owner, "grouper", None) or getattr(owner, "_eval_grouper", None)
+        function = getattr(grouper, "metadata_to_group", None)
+        if callable(function):
+            return _on_cpu(function)
+    return None
+
+
+def _on_cpu(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    # wilds groupers keep their factors on the CPU.
+    return lambda metadata: function(metadata.cpu()).to(metadata.device)
+
+
+def is_training_loader(trainer: pl.Trainer, loader: DataLoader[Any]) -> bool:
+    """Whether the loader is the run's (first) training loader."""
+    return loader is first_loader(trainer.train_dataloader)
+
+
+def batch_limit(trainer: pl.Trainer, loader: DataLoader[Any]) -> int | None:
+    """How many batches of the loader ``limit_train_batches`` or ``limit_val_batches`` allow; ``None``: all."""
+    limit = trainer.limit_train_batches if is_training_loader(trainer, loader) else trainer.limit_val_batches
+    if isinstance(limit, float):
+        return None if limit >= 1.0 else int(len(loader) * limit)
+    return limit
+
+
+def positions_drawn_from(trainer: pl.Trainer, loader: DataLoader[Any], limit: int | None = None) -> Tensor:
+    """Positions in the data set, ascending int64, of the examples that are the loader's.
+
+    Its sampler may draw from a part of the data set.  ``limit_train_batches`` and ``limit_val_batches`` hold; of
+    shuffled data they take evenly spaced examples.
+
+    Args:
+        trainer: of the run.
+        loader: with positions (:func:`has_positions`).
+        limit: at most this many, evenly spaced.
+    """
+    positions = _drawn_from(trainer, loader)
+    batches = batch_limit(trainer, loader)
+    if batches is not None:
+        some = batches * (loader.batch_size or 64) * trainer.world_size
+        positions = positions[:some] if _is_sequential(loader) else evenly_spaced(positions, some)
+    return positions if limit is None else evenly_spaced(positions, limit)
+
+
+def _drawn_from(trainer: pl.Trainer, loader: DataLoader[Any]) -> Tensor:
+    sampler = sampler_of(loader)
+    chosen = getattr(sampler, "indices", None)
+    if chosen is None and not isinstance(sampler, _DRAW_FROM_ALL) and not is_training_loader(trainer, loader):
+        drawn = list(sampler) if sampler is not None else [i for batch in loader.batch_sampler for i in batch]  # type: ignore[union-attr]
+        chosen = trainer.strategy.broadcast(sorted(set(drawn)))
+    if chosen is None:
+        return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
+    return torch.as_tensor(chosen).sort().values
+
+
+def _is_sequential(loader: DataLoader[Any]) -> bool:
+    sampler = sampler_of(loader)
+    return isinstance(sampler, SequentialSampler) or getattr(sampler, "shuffle", True) is False
+
+
+def evenly_spaced(values: Tensor, size: int) -> Tensor:
+    """At most ``size`` of the values, from the first to the last, evenly spaced and all distinct."""
+    if len(values) <= size:
+        return values
+    # i (n − 1) / (size − 1), rounded, in integers: a float of the ambient dtype has too few digits for large n.
+    steps = max(1, size - 1)
+    return values[(2 * torch.arange(size) * (len(values) - 1) + steps) // (2 * steps)]
+
+
+def reading(loader: DataLoader[Any], positions: Tensor, size: int) -> DataLoader[Any]:
+    """A loader of the same kind that gives the examples at these positions, in this order."""
+    return DataLoader(
+        Subset(loader.dataset, positions.tolist()),
+        batch_size=size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def streaming(loader: DataLoader[Any], limit: int | None) -> Iterator[Any]:
+    """The first ``limit`` batches of an iterable data set."""
+    if loader.persistent_workers:  # its iterator is the trainer's own, and would start again
+        loader = DataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            sampler=None if isinstance(loader.dataset, IterableDataset) else loader.sampler,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            drop_last=loader.drop_last,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+        )
+    for i, batch in enumerate(loader):
+        if limit is not None and i >= limit:
+            return
+        yield batch

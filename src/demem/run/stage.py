@@ -1,0 +1,32 @@
+"""Where in a fit a hook is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+def is_dry_run(trainer: pl.Trainer) -> bool:
+    """Whether the run is a ``fast_dev_run``: its handful of batches may lack a class, so nothing can be traced."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether the step that has just ended is the last one that is planned; a run may still be stopped before it."""
+    steps, epochs = trainer.max_steps, trainer.max_epochs
+    if steps is not None and steps != -1 and trainer.global_step >= steps:
+        return True
+    last_epoch = epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs
+    return bool(last_epoch and trainer.is_last_batch)
+
+
+def resumed_within_epoch(trainer: pl.Trainer) -> bool:
+    """Whether the run was resumed within an epoch, whose ``on_train_epoch_start`` Lightning then leaves out."""
+    return bool(getattr(trainer.fit_loop, "restarted_mid_epoch", False))
+
+
+def restart_workers(trainer: pl.Trainer) -> None:
+    """Draw the epoch anew: its iterator was made before this hook, and its workers hold what the old sampler drew."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    iter(fetcher)

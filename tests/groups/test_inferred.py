@@ -1,0 +1,101 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from demem.groups import Groups, infer_groups, known_groups, largest_groups, probe_shortcut, second_look
+
+
+def _groups(error=0.3, shortcut=True, num_classes=2, known=False, epoch=0):
+    y = torch.arange(12) % num_classes
+    index = num_classes * y + y.roll(1)
+    return Groups(index, index[:6], y, y[:6], num_classes, "layer", error, 0.9, shortcut, known, epoch)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "num_classes", "counts"),
+    [
+        (0.3, 0.05, 2, "second"),
+        (0.3, 0.075, 2, "second"),  # 0.15 × chance's error of 1/2
+        (0.3, 0.08, 2, "neither"),
+        (0.3, 0.15, 2, "neither"),  # half the first's
+        (0.3, 0.16, 2, "first"),
+        (0.3, 0.4, 2, "first"),
+        (0.3, 0.13, 10, "second"),  # 0.15 × 9/10
+        (0.3, 0.14, 10, "neither"),
+    ],
+)
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_which_of_two_probes_counts(first, second, num_classes, counts, shortcut):
+    before = _groups(first, num_classes=num_classes)
+    after = _groups(second, shortcut, num_classes, epoch=1)
+    found = second_look(before, after)
+    if counts == "neither":
+        assert not found.shortcut
+        assert torch.equal(found.index, (num_classes + 1) * after.y)
+        assert torch.equal(found.held_out, (num_classes + 1) * after.held_out_y)
+        assert found.epoch == 1
+    else:
+        assert found is {"first": before, "second": after}[counts]
+
+
+@pytest.mark.parametrize(("error", "num_classes", "many"), [(0.125, 2, False), (0.13, 2, True), (0.13, 10, False)])
+def test_a_probe_with_many_mistakes(error, num_classes, many):
+    assert _groups(error, num_classes=num_classes).many_errors == many
+
+
+def test_known_groups_stay_without_a_shortcut():
+    groups = _groups(known=True)
+    assert torch.equal(groups.without_shortcut().index, groups.index)
+    assert groups.without_shortcut().informative
+    assert not _groups().without_shortcut().informative
+    assert _groups().informative
+
+
+def test_state_and_repr():
+    groups = _groups(known=True, epoch=2)
+    state = groups.state_dict()
+    assert all(isinstance(value, torch.Tensor | str | int | float | bool) for value in state.values())
+    again = Groups(**state)
+    assert repr(again) == repr(groups)
+    assert "known groups" in repr(groups)
+    assert "no shortcut" in repr(_groups(shortcut=False))
+
+
+def test_typical_groups_are_the_largest_of_their_class():
+    y = torch.tensor([0, 0, 0, 1, 1, 1, 3])
+    index = torch.tensor([0, 0, 1, 2, 3, 3, 6])
+    assert largest_groups(y, index, 4).tolist() == [0, 3, -1, 6]
+    groups = replace(_groups(), y=y, index=index, num_classes=4)
+    assert groups.typical.tolist() == [0, 3, -1, 6]
+    assert groups.sizes == [2, 1, 1, 2, 0, 0, 1]
+
+
+def _examples(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 2
+    attribute = torch.where(torch.rand(n, generator=generator) < 0.9, y, 1 - y)
+    x = 4.0 * attribute[:, None] + torch.randn(n, 3, generator=generator) + 0.2 * y[:, None]
+    return x, y, attribute
+
+
+def test_class_and_probe_are_crossed():
+    (x, y, a), (held_x, held_y, held_a) = _examples(400, 0), _examples(100, 1)
+    probe = probe_shortcut(x, y, 2, "layer")
+    groups = infer_groups(probe, y, held_x, held_y, epoch=3)
+    assert float((groups.index == 2 * y + a).float().mean()) > 0.95
+    assert float((groups.held_out == 2 * held_y + held_a).float().mean()) > 0.95
+    assert (groups.site, groups.epoch, groups.known, groups.shortcut) == ("layer", 3, False, True)
+    assert (groups.error, groups.sure) == (probe.error, probe.sure)
+
+
+@pytest.mark.parametrize("form", ["groups", "attributes"])
+def test_known_groups_are_carried_over_to_the_training_examples(form):
+    (x, y, a), (held_x, held_y, held_a) = _examples(400, 0), _examples(100, 1)
+    given = 2 * held_y + held_a if form == "groups" else held_a
+    groups = known_groups(probe_shortcut(x, y, 2), x, y, held_x, held_y, given)
+    assert torch.equal(groups.held_out, 2 * held_y + held_a)
+    assert float((groups.index == 2 * y + a).float().mean()) > 0.9
+    # An example can only be of a group that its class has.
+    assert torch.equal(groups.index // 2, y)
+    assert groups.known
