@@ -375,7 +375,9 @@ def _rounds(out: Path, rows: list[Row]) -> Path | None:
     figure, axes = _panels(len(panels), width=4.2)
     for axis, (name, these) in zip(axes, panels.items(), strict=True):
         points = sorted(
-            (100 * r["share"], 100 * r["worst"], 100 * r["test_worst"], bool(r["chosen"])) for r in these if r["refitted"]
+            (100 * r["share"], 100 * r["worst"], 100 * r["test_worst"], bool(r["chosen"]))
+            for r in these
+            if r["refitted"]
         )
         shares, held_out, test, chosen = zip(*points, strict=True)
         axis.plot(shares, held_out, "o-", markersize=4, color="C1", label="held-out, groups as inferred or given")
