@@ -567,6 +567,21 @@ def test_without_a_validation_after_it_the_removal_is_announced(masks):
         _fit(MemorizationRemover(shares=(0.5,)), epochs=3, check_val_every_n_epoch=3)
 
 
+@pytest.mark.parametrize("every", [1, 3], ids=["after each epoch", "before the last one only"])
+def test_a_checkpoint_from_before_the_refit_is_announced(tmp_path, every):
+    class Refits(MemorizationRemover):
+        def choose(self, *_):
+            return 1
+
+    keep = pl.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=every)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        _fit(Refits(), callbacks=[keep], enable_checkpointing=True)
+    named = [str(w.message) for w in said if "is from before the refit" in str(w.message)]
+    assert len(named) == (every == 3)
+    assert all(keep.best_model_path in message for message in named)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

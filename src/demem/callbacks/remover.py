@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from demem.groups import Groups, ShortcutProbe, find_shortcut, second_look
@@ -22,6 +22,7 @@ from demem.run import (
     infer_groups_of_run,
     is_dry_run,
     is_last_step,
+    kept_checkpoints,
     read_examples,
     rebalance,
     remove_and_refit,
@@ -119,6 +120,7 @@ class MemorizationRemover(Callback):
         self._removed_at_step = -1
         self._written: Tensor | None = None  # the head's weight after step 4, on the CPU
         self._fresh = True  # no epoch of this fit has begun
+        self._earlier: dict[str, float] = {}  # checkpoint files from before the removal
         self._unseen = False  # no validation has run since the removal
         self._undo: Callable[[], None] | None = None  # puts the training loader's own sampler back
 
@@ -232,6 +234,13 @@ class MemorizationRemover(Callback):
                 stacklevel=2,
             )
         self._written = None
+        if any(record.chosen and record.refitted for record in self.rounds):
+            stale = [path for path, time in kept_checkpoints(trainer).items() if self._earlier.get(path) == time]
+            if stale:
+                rank_zero_warn(
+                    f"MemorizationRemover: the checkpoint {' and '.join(stale)} is from before the refit and holds the "
+                    "network as it was trained. Save the one in memory with trainer.save_checkpoint(path)."
+                )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_sampler()
@@ -301,6 +310,7 @@ class MemorizationRemover(Callback):
             )
         self._report()
         self._removed_at_step = data.trainer.global_step
+        self._earlier = kept_checkpoints(data.trainer)
         self._unseen = True
         self._written = data.head.weight.detach().cpu().clone()
 

@@ -27,7 +27,7 @@ from demem.run.passes import examples, in_extra_pass, isolated_rng, undisturbed
 from demem.run.processes import gather_rows, ranks_of, validating_ranks
 from demem.run.sampling import ReweightedSampler, reweight
 from demem.run.sizes import TrainingSizes
-from demem.run.stage import is_dry_run, is_last_step, resumed_within_epoch
+from demem.run.stage import is_dry_run, is_last_step, kept_checkpoints, resumed_within_epoch
 
 __all__ = [
     "ReweightedSampler",
@@ -50,6 +50,7 @@ __all__ = [
     "is_dry_run",
     "is_last_step",
     "isolated_rng",
+    "kept_checkpoints",
     "model_with_head",
     "ranks_of",
     "read_examples",
