@@ -216,6 +216,7 @@ def _groups(
         probe.found,
         known,
         epoch,
+        "shortcut" if probe.found else "hard examples",
     )
 
 
