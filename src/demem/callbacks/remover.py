@@ -18,6 +18,8 @@ from demem.removal import MASKED_SHARES, Examples, Round, RoundRecord, check_sha
 from demem.run import (
     RunData,
     check_head,
+    describe_groups,
+    describe_rounds,
     has_learned,
     infer_groups_of_run,
     is_dry_run,
@@ -26,6 +28,7 @@ from demem.run import (
     read_examples,
     rebalance,
     remove_and_refit,
+    restored_on_failure,
     resumed_within_epoch,
 )
 from demem.sites import bake_gates, find_head
@@ -208,7 +211,7 @@ class MemorizationRemover(Callback):
         # Stopped early, by time or by a signal: nothing told that the last step was the last.
         if self._removed_at_step != trainer.global_step and not is_dry_run(trainer):
             self._remove(self._data(trainer, pl_module))
-        if self._unseen and any(record.chosen and record.refitted for record in self.rounds):
+        if self._unseen and self._refitted:
             warnings.warn(
                 "MemorizationRemover: as training ended before its last planned step, or without a validation after "
                 f"it, the network was refitted {_AFTER_VALIDATION}",
@@ -234,13 +237,12 @@ class MemorizationRemover(Callback):
                 stacklevel=2,
             )
         self._written = None
-        if any(record.chosen and record.refitted for record in self.rounds):
-            stale = [path for path, time in kept_checkpoints(trainer).items() if self._earlier.get(path) == time]
-            if stale:
-                rank_zero_warn(
-                    f"MemorizationRemover: the checkpoint {' and '.join(stale)} is from before the refit and holds the "
-                    "network as it was trained. Save the one in memory with trainer.save_checkpoint(path)."
-                )
+        stale = [path for path, time in kept_checkpoints(trainer).items() if self._earlier.get(path) == time]
+        if stale and self._refitted:
+            rank_zero_warn(
+                f"MemorizationRemover: the checkpoint {' and '.join(stale)} is from before the refit and holds the "
+                "network as it was trained. Save the one in memory with trainer.save_checkpoint(path)."
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_sampler()
@@ -249,6 +251,10 @@ class MemorizationRemover(Callback):
 
     def _data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RunData:
         return RunData(trainer, pl_module, self.head, self.max_examples)
+
+    @property
+    def _refitted(self) -> bool:
+        return any(record.chosen and record.refitted for record in self.rounds)
 
     def _look(self, data: RunData) -> None:
         """Step 1, before training and, if the probe is a poor one, once more when the network has learned something."""
@@ -262,19 +268,7 @@ class MemorizationRemover(Callback):
                 positions = self._train_positions
         self.groups, self._train_positions = found, positions
         if found is not first:
-            self._tell(found)
-
-    def _tell(self, groups: Groups) -> None:
-        if self._looks_again:
-            found = "makes too many mistakes to follow a shortcut; the network is probed again after an epoch"
-        elif groups.shortcut:
-            found = "follows a shortcut"
-            found += ", so that training draws the inferred groups equally often" * self.rebalance
-        elif groups.known:
-            found = "follows no shortcut"
-        else:
-            found = f"follows no shortcut ({groups.kind}), so that the network is trained as it would be without demem"
-        rank_zero_info(f"demem: the probe of {groups.site!r} (error {groups.error:.2f}) {found}.")
+            rank_zero_info(describe_groups(found, self._looks_again, self.rebalance))
 
     def _rebalance(self, data: RunData) -> None:
         """Step 2, anew every epoch, for loaders that are reloaded between epochs."""
@@ -295,36 +289,15 @@ class MemorizationRemover(Callback):
         self.rounds, self.fine_tuned_on = [], 0
         if self.groups is None:  # training was over before it began
             return
-        before = [p.detach().clone() for p in data.pl_module.parameters()]
-        try:
+        with restored_on_failure(data.pl_module):
             self.rounds, self.fine_tuned_on = remove_and_refit(
                 data, self.groups, self._train_positions, self.choose, self.shares, self.fine_tune, self.seed
             )
-        except Exception as error:
-            with torch.no_grad():
-                for parameter, value in zip(data.pl_module.parameters(), before, strict=True):
-                    parameter.copy_(value)
-            warnings.warn(
-                f"MemorizationRemover leaves the network as it was trained, because {type(error).__name__}: {error}",
-                stacklevel=3,
-            )
-        self._report()
+            rank_zero_info(describe_rounds(self.rounds, self.fine_tuned_on))
         self._removed_at_step = data.trainer.global_step
         self._earlier = kept_checkpoints(data.trainer)
         self._unseen = True
         self._written = data.head.weight.detach().cpu().clone()
-
-    def _report(self) -> None:
-        for kept in (record for record in self.rounds if record.chosen):
-            if not kept.refitted:
-                rank_zero_info("demem: the network stays as it was trained.")
-                continue
-            tuned = f"fine-tuned on {self.fine_tuned_on}" if self.fine_tuned_on else "not fine-tuned on"
-            rank_zero_info(
-                f"demem: the head was refitted (cross-fitted accuracy on the worst inferred group: "
-                f"{self.rounds[0].worst:.2f} → {kept.worst:.2f}), {kept.share:.0%} of its inputs masked, and the "
-                f"network {tuned} held-out examples."
-            )
 
     def export(self, model: nn.Module) -> nn.Module:
         """A copy of ``model`` (the LightningModule or the network in it) that is free of demem."""

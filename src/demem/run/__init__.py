@@ -10,9 +10,15 @@ A callback of your own reads a run in three lines::
 """
 
 from demem.run.balance import rebalance
-from demem.run.cure import read_examples, remove_and_refit, trained_parameters
+from demem.run.cure import (
+    describe_rounds,
+    read_examples,
+    remove_and_refit,
+    restored_on_failure,
+    trained_parameters,
+)
 from demem.run.data import Rows, RunData, Split, UnevenRows
-from demem.run.detection import has_learned, infer_groups_of_run
+from demem.run.detection import describe_groups, has_learned, infer_groups_of_run
 from demem.run.head import check_head, model_with_head, read_head, write_head
 from demem.run.loaders import (
     draws_evenly,
@@ -37,6 +43,8 @@ __all__ = [
     "TrainingSizes",
     "UnevenRows",
     "check_head",
+    "describe_groups",
+    "describe_rounds",
     "draws_evenly",
     "examples",
     "find_grouper",
@@ -57,6 +65,7 @@ __all__ = [
     "read_head",
     "rebalance",
     "remove_and_refit",
+    "restored_on_failure",
     "resumed_within_epoch",
     "reweight",
     "sampler_of",

@@ -87,6 +87,25 @@ def _verdict(probe: ShortcutProbe, first: Rows, train: Rows, num_classes: int) -
     return judge(early, second_opinion(features, y, early.argmax(1), num_classes), y)
 
 
+def describe_groups(groups: Groups, looks_again: bool = False, rebalance: bool = True) -> str:
+    """What was found, and what follows from it, in one line.
+
+    Args:
+        groups: that were inferred.
+        looks_again: the network is probed again after an epoch.
+        rebalance: training draws the groups equally often.
+    """
+    if looks_again:
+        found = "makes too many mistakes to follow a shortcut; the network is probed again after an epoch"
+    elif groups.shortcut:
+        found = "follows a shortcut" + ", so that training draws the inferred groups equally often" * rebalance
+    elif groups.known:
+        found = "follows no shortcut"
+    else:
+        found = f"follows no shortcut ({groups.kind}), so that the network is trained as it would be without demem"
+    return f"demem: the probe of {groups.site!r} (error {groups.error:.2f}) {found}."
+
+
 def has_learned(data: RunData) -> bool:
     """Whether the network does better than chance on what it is trained on; else it leans on nothing yet."""
     rows = data.train.read([data.head_input], "probing", limit=LEARNED_ON)
