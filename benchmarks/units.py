@@ -28,13 +28,12 @@ from benchmarks.experiment import TASKS, Experiment, Settings, add_task_options
 from benchmarks.report import spread
 from benchmarks.results import append_jsonl, read_jsonl
 from demem.batch import apply_model
-from demem.data.arrays import GroupedDataset
+from demem.data import GroupedDataset
 from demem.groups import ShortcutProbe, find_shortcut
 from demem.linear import balanced_weights
 from demem.metrics import group_accuracy_compute, group_accuracy_update
-from demem.removal.forget import Choose, Forgetting, Forgotten, FrozenProbe, at_random, most_informed
-from demem.removal.rounds import SMOOTHING
-from demem.run.sampling import reweight
+from demem.removal import SMOOTHING, Choose, Forgetting, Forgotten, FrozenProbe, at_random, most_informed
+from demem.run import reweight
 from demem.sites import ActivationReader, Site, default_sites, find_sites
 
 MAX_ERRORS = (0.25, 0.15)  # as demem's: of a probe before training, and after the first epoch

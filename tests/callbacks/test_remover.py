@@ -253,6 +253,7 @@ class _Fast(Net):
 HARD = _parity(3000, 0.9, 0)
 
 
+@pytest.mark.slow
 def test_looks_again_at_a_network_that_has_learned_the_shortcut(monkeypatch):
     truth, test = HARD.tensors[2], _parity(1000, 0.0, 2)
     found, worst = {}, {}

@@ -16,6 +16,7 @@ what a unit does.
 
 from demem.removal.fine_tuning import FineTuned, fine_tune, tuning_subset
 from demem.removal.forget import (
+    Choose,
     Forgetting,
     Forgotten,
     ForgottenUnit,
@@ -45,6 +46,7 @@ __all__ = [
     "MASKED_SHARES",
     "SMOOTHING",
     "TRACED",
+    "Choose",
     "Examples",
     "FineTuned",
     "Forgetting",

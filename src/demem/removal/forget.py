@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from demem.batch import call_model
 from demem.removal.information import FLOOR, Moments, attribute_information, group_moments, information_gradient
 from demem.sites import Site, eager, find_sites, reduce_activation
-from demem.tracing.capture import ALONE, Ranks
-from demem.tracing.topk import top_units
+from demem.tracing import ALONE, Ranks, top_units
 
 Choose = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """``{site: (N,) scores}`` → ``{site: indices of the units to penalise}``; the same on every process."""

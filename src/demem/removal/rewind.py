@@ -28,11 +28,8 @@ from torch import Tensor, nn
 from demem.batch import Batch, apply_model
 from demem.linear import balanced_weights
 from demem.removal.interventions import Undo, Units, apply
-from demem.sites import Site, find_head, named_layers, own_weight
-from demem.sites.find import first_tensor
-from demem.tracing.capture import evaluating
-from demem.tracing.topk import top_units
-from demem.tracing.weights import unit_of_weight
+from demem.sites import Site, find_head, first_tensor, named_layers, own_weight
+from demem.tracing import evaluating, top_units, unit_of_weight
 
 Losses = Callable[[nn.Module], Iterable[Tensor]]
 """A model → parts of the loss, which add up to it; each part is differentiated before the next is made."""
