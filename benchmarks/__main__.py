@@ -12,6 +12,7 @@ COMMANDS = {
     ("table",): "benchmarks.table",
     ("ceiling",): "benchmarks.ceiling",
     ("golden",): "benchmarks.golden",
+    ("units",): "benchmarks.units",
     ("papers", "measures"): "benchmarks.papers.measures",
     ("papers", "tracing"): "benchmarks.papers.tracing",
     ("speed", "measures"): "benchmarks.speed.measures",

@@ -329,6 +329,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
         ".*log_every_n_steps.*",
+        ".*module\\(s\\) in eval mode.*",  # arms that start from a trained network
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -58,7 +58,7 @@ def write_report(out: Path, console: Console | None = None, results: Path | None
         lines = summarise(these)
         epochs = sorted({row["epochs"] for row in these})
         if console is not None:
-            console.print(_console_table(_title(data, held_out), epochs, lines))
+            console.print(_console_table(_title(data, held_out), epochs, lines, console.width))
         markdown += [
             f"## {_title(data, held_out)}\n",
             "| " + " | ".join(COLUMNS) + " |",
@@ -74,13 +74,18 @@ def write_report(out: Path, console: Console | None = None, results: Path | None
         console.print(next_step(rows), highlight=False, style="bold")
 
 
-def _console_table(title: str, epochs: list[int], lines: list[list[str]]) -> Table:
-    """The columns that fit a terminal of 80 characters."""
+def _console_table(title: str, epochs: list[int], lines: list[list[str]], width: int) -> Table:
+    """The columns that fit a terminal of ``width`` characters, which is 80 at least."""
     shown = [0, 1, 2, 3, 4, 6]
     title = f"{title}, {'/'.join(map(str, epochs))} epochs (test accuracy, %)"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    widths = {i: max(len(text) for text in (COLUMNS[i], *(line[i] for line in lines))) for i in shown}
+    # Where there is not enough room it is the name that is cut, never a number; two spaces lie between columns and one
+    # at each edge.
+    room = max(10, width - 2 - sum(widths[i] + 2 for i in shown[1:]))
     for i in shown:
-        table.add_column(COLUMNS[i], justify="left" if i < 2 else "right", no_wrap=True)
+        justify: Literal["left", "right"] = "left" if i < 2 else "right"
+        table.add_column(COLUMNS[i], justify=justify, no_wrap=True, width=min(room, widths[i]) if i == 0 else widths[i])
     for line in lines:
         table.add_row(*(line[i] for i in shown))
     return table
@@ -370,7 +375,9 @@ def _rounds(out: Path, rows: list[Row]) -> Path | None:
     figure, axes = _panels(len(panels), width=4.2)
     for axis, (name, these) in zip(axes, panels.items(), strict=True):
         points = sorted(
-            (100 * r["share"], 100 * r["worst"], 100 * r["test_worst"], bool(r["chosen"])) for r in these if r["refit"]
+            (100 * r["share"], 100 * r["worst"], 100 * r["test_worst"], bool(r["chosen"]))
+            for r in these
+            if r["refitted"]
         )
         shares, held_out, test, chosen = zip(*points, strict=True)
         axis.plot(shares, held_out, "o-", markersize=4, color="C1", label="held-out, groups as inferred or given")

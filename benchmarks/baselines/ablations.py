@@ -29,7 +29,7 @@ def _ablated(experiment: Experiment, options: dict[str, Any]) -> Outcome:
     remover = MemorizationRemover(seed=experiment.seed, **options)
     run = experiment.fit(callbacks=[remover])
     chosen = next(r for r in remover.rounds if r.chosen)
-    config = {"masked_share": chosen.share, "refit": chosen.refit, "fine_tuned_on": remover.fine_tuned_on}
+    config = {"masked_share": chosen.share, "refit": chosen.refitted, "fine_tuned_on": remover.fine_tuned_on}
     return Outcome(run.logits, config)
 
 

@@ -13,8 +13,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +110,26 @@ def ablation(options: argparse.Namespace, model: nn.Module, sites: list[Site], b
             }
         )
     return rows
+
+
+def winograd(settings: argparse.Namespace, model: nn.Module, sites: list[Site], batch: Batch) -> list[dict[str, Any]]:
+    """Exact ablation with Winograd's convolutions for small maps, in turns with torch's own, in CPU seconds."""
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    for round_ in range(settings.rounds):
+        spent = dict.fromkeys(seconds, 0.0)
+        for i, site in enumerate(sites):
+            count = site.require_num_units()
+            units = {site.name: torch.randperm(count)[: settings.units or count]}
+            for name in list(spent)[:: -1 if (i + round_) % 2 else 1]:
+                with ExitStack() as stack:
+                    if name == "without":
+                        stack.enter_context(patch("demem.tracing.restart.Conv3x3.pays", return_value=False))
+                    start = time.process_time()
+                    ablation_impact(model, [site], [batch], units=units)
+                    spent[name] += (time.process_time() - start) * count / len(units[site.name])
+        for name, value in spent.items():
+            seconds[name].append(value)
+    return [{**_ratio(seconds["with"], seconds["without"]), "reference": "without Winograd's convolutions"}]
 
 
 def plain_loop(model: nn.Module, site: Site, units: Tensor, batch: Batch) -> Tensor:
@@ -245,4 +267,5 @@ BENCHMARKS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "taylor": taylor,
     "two_step": two_step,
     "critical": critical,
+    "winograd": winograd,
 }

@@ -1,7 +1,8 @@
 """demem: find and remove spurious memorization while a network trains.
 
-The callbacks are here; the functions under them are in :mod:`demem.sites`, :mod:`demem.measures`, :mod:`demem.tracing`,
-:mod:`demem.removal` and :mod:`demem.metrics`, the data sets in :mod:`demem.data`.
+The callbacks are here; the functions under them are in :mod:`demem.sites`, :mod:`demem.measures`,
+:mod:`demem.metrics`, :mod:`demem.tracing`, :mod:`demem.groups`, :mod:`demem.removal`, :mod:`demem.linear` and
+:mod:`demem.run`, the data sets in :mod:`demem.data`.
 """
 
 from demem.callbacks import ActivationDiversityMonitor, MemorizationRemover, MemorizationTracer, WorstGroupMonitor

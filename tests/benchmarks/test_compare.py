@@ -139,7 +139,7 @@ def test_figures_from_recorded_units_rounds_and_diversity(tmp_path):
         identity = {"data": "digits", "method": "demem", "tier": "T0", "held_out": "val", "seed": 0}
         impacts = {"typical": i, "atypical": -i, "typical_after": i, "atypical_after": i}
         append_jsonl(tmp_path / "units.jsonl", {**identity, "unit": i, **impacts, "gated": i > 5})
-        noted = {"refit": i > 0, "share": i / 10, "worst": 0.5, "test_worst": 0.4, "chosen": i == 3}
+        noted = {"refitted": i > 0, "share": i / 10, "worst": 0.5, "test_worst": 0.4, "chosen": i == 3}
         append_jsonl(tmp_path / "rounds.jsonl", {**identity, **noted})
         append_jsonl(tmp_path / "diversity.jsonl", {**identity, "epoch": i, "entropy": 2.0, "mutual_information": None})
     write_report(tmp_path)
@@ -281,6 +281,21 @@ def test_held_out_sources_are_never_in_one_ranking(tmp_path, drawn):
         "digits, held out: val": ["erm T0", "demem T0", "dfr T2"],
         "other, held out: val": ["erm T0"],
     }
+
+
+def test_a_narrow_terminal_cuts_names_and_no_numbers(tmp_path):
+    for seed in range(2):
+        append_jsonl(tmp_path / "results.jsonl", _row("erm", seed, 0.5))
+        append_jsonl(
+            tmp_path / "results.jsonl", _row("a_method_with_a_name_of_a_great_many_letters", seed, 0.123 + seed / 9)
+        )
+    console = Console(width=80, record=True)
+    write_report(tmp_path, console)
+    (line,) = [line for line in console.export_text().splitlines() if "a_method" in line]
+    assert "…" in line
+    assert " 17.9 ± 7.9 " in line
+    assert len(line.rstrip()) > 70  # and no room is left unused
+    assert line.rstrip().endswith("90.0 ± 0.0")
 
 
 def test_tables_are_made_again_from_rows_on_disk(tmp_path, capsys):

@@ -51,7 +51,7 @@ class Drifts(MemorizationRemover):
             features = dict(list(features.items())[-1:])
         probe = super().detect(features, y, num_classes)
         if self.rank and self.what == "groups":
-            probe = probe._replace(attribute=1 - probe.attribute, error=0.01, found=True)
+            probe = probe._replace(logits=probe.logits.flip(1), error=0.01, found=True)
         return probe
 
     def choose(self, rounds, held_out, groups):

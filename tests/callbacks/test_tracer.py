@@ -143,6 +143,7 @@ def test_report_files(tmp_path):
     assert [r[2] for r in tracer.history[0]["top"]] == sorted((r[2] for r in tracer.history[0]["top"]), reverse=True)
 
 
+@pytest.mark.slow
 def test_it_finds_the_minority_on_digits(tmp_path):
     pl.seed_everything(0, verbose=False)
     data = SpuriousDigits(seed=0)
@@ -256,6 +257,7 @@ def test_two_processes_equal_one(tmp_path, two_processes):
     assert (folder / "units.png").exists()
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_run_and_heads_that_do_not_decide(tmp_path):
     class Projector(Net):
         """A layer for another loss, which the logits do not pass through."""

@@ -32,7 +32,7 @@ class OwnModule(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
         if self.style == "inner":
             self.net(batch[0])
         elif self.style == "outputs":
@@ -77,6 +77,11 @@ def _truth(model):
     return [float(right[g == G].float().mean()) for g in range(4)]
 
 
+def _share_right(model, size):
+    with torch.no_grad():
+        return float((model(X[:size]).argmax(1) == Y[:size]).float().mean())
+
+
 @pytest.mark.parametrize("style", ["forward", "inner", "outputs"])
 def test_logs_what_a_loop_over_groups_gives(style):
     model, monitor = OwnModule(style), WorstGroupMonitor()
@@ -94,6 +99,7 @@ def test_logs_what_a_loop_over_groups_gives(style):
         right = (model(X).argmax(1) == Y).float()
     assert float(logged["val/avg_acc"]) == pytest.approx(float(right.mean()))
     assert float(logged["val/worst_class_acc"]) == pytest.approx(min(float(right[c == Y].mean()) for c in (0, 1)))
+    assert [name for name in trainer.progress_bar_metrics if "acc" in name] == ["val/worst_group_acc"]
     assert [record["epoch"] for record in monitor.history] == [0, 1]  # the sanity check left no trace
     assert not model._forward_hooks
     assert not model.net[2]._forward_hooks
@@ -121,9 +127,21 @@ def test_train_accuracy_counts_every_batch_although_validation_runs_in_between()
 
     model, monitor = Frozen(), WorstGroupMonitor(train=True)
     trainer = _trainer(callbacks=[monitor], val_check_interval=0.5, max_epochs=1)
-    trainer.fit(model, _loader(X, Y, G), _loader(X[:20], Y[:20], G[:20]))
+    trainer.fit(model, _loader(X, Y, G), [_loader(X[:20], Y[:20], G[:20]), _loader(X, 1 - Y, G)])
+    assert all(r["avg_acc"] == pytest.approx(_share_right(model, 20)) for r in monitor.history if r["stage"] == "val")
     record = next(r for r in monitor.history if r["stage"] == "train")
     assert [record[f"group_acc/{g}"] for g in range(4)] == pytest.approx(_truth(model))
+
+
+def test_each_training_epoch_is_counted_by_itself():
+    class RightThenWrong(OwnModule):
+        def training_step(self, batch, batch_idx):
+            right = batch[1] if self.current_epoch == 0 else 1 - batch[1]
+            return {"loss": super().training_step(batch, batch_idx), "preds": right}
+
+    monitor = WorstGroupMonitor(train=True)
+    _trainer(callbacks=[monitor]).fit(RightThenWrong(), _loader(X, Y, G))
+    assert [record["avg_acc"] for record in monitor.history] == [1.0, 0.0]
 
 
 def test_history_survives_a_resume(tmp_path):
@@ -177,6 +195,7 @@ def test_without_groups_it_reports_classes_and_says_so_once():
     assert {k for k in trainer.callback_metrics if "acc" in k} == {
         f"{stage}/{name}" for stage in ("train", "val") for name in ("avg_acc", "worst_class_acc")
     }
+    assert set(trainer.progress_bar_metrics) == {"train/worst_class_acc", "val/worst_class_acc"}
 
 
 def test_groups_that_are_no_integers():

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from demem.groups import Groups, infer_groups, known_groups, largest_groups, probe_shortcut, second_look
+from demem.groups import Groups, Verdict, infer_groups, known_groups, largest_groups, probe_shortcut, second_look
 
 
 def _groups(error=0.3, shortcut=True, num_classes=2, known=False, epoch=0):
@@ -99,3 +99,16 @@ def test_known_groups_are_carried_over_to_the_training_examples(form):
     # An example can only be of a group that its class has.
     assert torch.equal(groups.index // 2, y)
     assert groups.known
+
+
+@pytest.mark.parametrize("kind", ["shortcut", "label noise", "hard examples", "nothing", "undecided"])
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_only_wrong_labels_overrule_a_shortcut(kind, shortcut):
+    groups = _groups(shortcut=shortcut)
+    verdict = Verdict(kind, 0.9, "the figures", 0.0, 0.0, 0.0, 1.0, 0.0, torch.zeros(12), torch.zeros(12))
+    judged = groups.judged(verdict)
+    assert judged.shortcut == (shortcut and kind != "label noise")
+    assert torch.equal(judged.index, groups.index if judged.shortcut else 3 * groups.y)
+    assert torch.equal(judged.held_out, groups.held_out if judged.shortcut else 3 * groups.held_out_y)
+    assert judged.why == "the figures"
+    assert judged.kind == ("shortcut" if judged.shortcut else "hard examples" if kind == "shortcut" else kind)

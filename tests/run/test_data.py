@@ -125,6 +125,29 @@ def test_a_stream_is_read_no_further_than_asked():
     assert torch.equal(first.position, torch.arange(32))  # whole batches
 
 
+@pytest.mark.parametrize("lengths", [[6], [3, 6, 5, 4]], ids=["one", "several"])
+def test_sketches_are_of_whole_activations_of_one_shape(lengths):
+    class Tokens(Net):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(1, 8)
+
+        def forward(self, x):
+            length = lengths[Tokens.calls % len(lengths)]
+            Tokens.calls += 1
+            return super().forward(self.embed(x[:, :length, None]).mean(1)[:, :6])
+
+    def read(data):
+        return data.train.read(find_sites(data.pl_module, "embed"), sketches=True)
+
+    rows = _with_data(read, module=Tokens())
+    assert rows.activations["embed"].shape == (50, 8)
+    shapes = {name: tuple(values.shape) for name, values in rows.sketches.items()}
+    assert shapes == ({"embed": (50, 48)} if len(lengths) == 1 else {})
+
+
 def test_what_a_function_makes_of_each_batch():
     def total(batch, logits, seen):
         return {"sum": batch.x.sum(1), "norm": seen["head:input"].norm(dim=1)}

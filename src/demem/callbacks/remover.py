@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from demem.groups import Groups, ShortcutProbe, find_shortcut, second_look
@@ -18,13 +18,17 @@ from demem.removal import MASKED_SHARES, Examples, Round, RoundRecord, check_sha
 from demem.run import (
     RunData,
     check_head,
+    describe_groups,
+    describe_rounds,
     has_learned,
     infer_groups_of_run,
     is_dry_run,
     is_last_step,
+    kept_checkpoints,
     read_examples,
     rebalance,
     remove_and_refit,
+    restored_on_failure,
     resumed_within_epoch,
 )
 from demem.sites import bake_gates, find_head
@@ -50,8 +54,8 @@ class MemorizationRemover(Callback):
        equal numbers (:func:`demem.removal.remove_in_rounds`).  Masking while the layers below still learn is undone by
        them; that is why it comes last.  The network as trained stays where the refit has nothing to go by
        (:func:`demem.removal.choose_round`).
-    4. *Else* the whole network is fine-tuned on a balanced subset of the held-out examples, if there are enough
-       (:func:`demem.removal.fine_tune`).
+    4. *Unless it stayed as trained* the whole network is fine-tuned on a balanced subset of the held-out examples, if
+       there are enough (:func:`demem.removal.fine_tune`).
 
     Where another callback writes its own weights when training ends (averaged ones, or the best epoch's), steps 3 and 4
     are done again, on those.  The refitted head has the weight 0 at masked units; nothing of demem is in the network.
@@ -119,6 +123,7 @@ class MemorizationRemover(Callback):
         self._removed_at_step = -1
         self._written: Tensor | None = None  # the head's weight after step 4, on the CPU
         self._fresh = True  # no epoch of this fit has begun
+        self._earlier: dict[str, float] = {}  # checkpoint files from before the removal
         self._unseen = False  # no validation has run since the removal
         self._undo: Callable[[], None] | None = None  # puts the training loader's own sampler back
 
@@ -146,13 +151,20 @@ class MemorizationRemover(Callback):
         self._removed_at_step = int(state_dict["removed_at_step"])
 
     def detect(self, features: Mapping[str, Tensor], y: Tensor, num_classes: int) -> ShortcutProbe:
-        """Probe layers ``{site: (S, N)}`` of the training examples, shallow ones first, for the class ``(S,)``."""
+        """Probe layers ``{site: (S, N)}`` of the training examples, shallow ones first, for the class ``(S,)``.
+
+        One that always probes the same layer returns
+        ``probe_shortcut(features[site], y, num_classes, site=site)`` (:func:`demem.groups.probe_shortcut`).
+        """
         # After an epoch the layer that predicts the class best speaks for the network.
         progress = {"progress": 1.0} if self._looks_again else {}
         return find_shortcut(features, y, num_classes, **progress)
 
     def choose(self, rounds: Sequence[Round], held_out: Examples, groups: Groups) -> int:
-        """Index of the round to keep; 0 is the network as trained."""
+        """Index of the round (:class:`demem.removal.Round`) to keep; 0 is the network as trained.
+
+        ``held_out`` are :class:`demem.removal.Examples`: what the head reads, classes and groups.
+        """
         return choose_round(rounds, held_out, groups.typical, groups_known=groups.informative)
 
     # When
@@ -199,10 +211,10 @@ class MemorizationRemover(Callback):
         # Stopped early, by time or by a signal: nothing told that the last step was the last.
         if self._removed_at_step != trainer.global_step and not is_dry_run(trainer):
             self._remove(self._data(trainer, pl_module))
-        if self._unseen and any(record.chosen and record.refit for record in self.rounds):
+        if self._unseen and self._refitted:
             warnings.warn(
-                "As training ended before its last planned step, or without a validation after it, the network was "
-                f"refitted {_AFTER_VALIDATION}",
+                "MemorizationRemover: as training ended before its last planned step, or without a validation after "
+                f"it, the network was refitted {_AFTER_VALIDATION}",
                 stacklevel=2,
             )
 
@@ -220,11 +232,17 @@ class MemorizationRemover(Callback):
             self._remove(data)
             pl_module.to(device)
             warnings.warn(
-                "Another callback changed the weights when training ended, so units were removed anew, from the new "
-                f"weights, {_AFTER_VALIDATION}",
+                "MemorizationRemover: another callback changed the weights when training ended, so units were removed "
+                f"anew, from the new weights, {_AFTER_VALIDATION}",
                 stacklevel=2,
             )
         self._written = None
+        stale = [path for path, time in kept_checkpoints(trainer).items() if self._earlier.get(path) == time]
+        if stale and self._refitted:
+            rank_zero_warn(
+                f"MemorizationRemover: the checkpoint {' and '.join(stale)} is from before the refit and holds the "
+                "network as it was trained. Save the one in memory with trainer.save_checkpoint(path)."
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_sampler()
@@ -233,6 +251,10 @@ class MemorizationRemover(Callback):
 
     def _data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RunData:
         return RunData(trainer, pl_module, self.head, self.max_examples)
+
+    @property
+    def _refitted(self) -> bool:
+        return any(record.chosen and record.refitted for record in self.rounds)
 
     def _look(self, data: RunData) -> None:
         """Step 1, before training and, if the probe is a poor one, once more when the network has learned something."""
@@ -246,19 +268,7 @@ class MemorizationRemover(Callback):
                 positions = self._train_positions
         self.groups, self._train_positions = found, positions
         if found is not first:
-            self._tell(found)
-
-    def _tell(self, groups: Groups) -> None:
-        if self._looks_again:
-            found = "makes too many mistakes to follow a shortcut; the network is probed again after an epoch"
-        elif groups.shortcut:
-            found = "follows a shortcut"
-            found += ", so that training draws the inferred groups equally often" * self.rebalance
-        elif groups.known:
-            found = "follows no shortcut"
-        else:
-            found = "follows no shortcut, so that the network is trained as it would be without demem"
-        rank_zero_info(f"demem: the probe of {groups.site!r} (error {groups.error:.2f}) {found}.")
+            rank_zero_info(describe_groups(found, self._looks_again, self.rebalance))
 
     def _rebalance(self, data: RunData) -> None:
         """Step 2, anew every epoch, for loaders that are reloaded between epochs."""
@@ -279,20 +289,13 @@ class MemorizationRemover(Callback):
         self.rounds, self.fine_tuned_on = [], 0
         if self.groups is None:  # training was over before it began
             return
-        before = [p.detach().clone() for p in data.pl_module.parameters()]
-        try:
+        with restored_on_failure(data.pl_module):
             self.rounds, self.fine_tuned_on = remove_and_refit(
                 data, self.groups, self._train_positions, self.choose, self.shares, self.fine_tune, self.seed
             )
-        except Exception as error:
-            with torch.no_grad():
-                for parameter, value in zip(data.pl_module.parameters(), before, strict=True):
-                    parameter.copy_(value)
-            warnings.warn(
-                f"MemorizationRemover leaves the network as it was trained, because {type(error).__name__}: {error}",
-                stacklevel=3,
-            )
+            rank_zero_info(describe_rounds(self.rounds, self.fine_tuned_on))
         self._removed_at_step = data.trainer.global_step
+        self._earlier = kept_checkpoints(data.trainer)
         self._unseen = True
         self._written = data.head.weight.detach().cpu().clone()
 

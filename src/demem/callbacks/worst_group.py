@@ -98,6 +98,7 @@ class WorstGroupMonitor(Callback):
     # Training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._reports["train"].to(pl_module.device)
         self._sizes.ask(trainer)  # again: those of a checkpoint may be of other data
         ranks = validating_ranks(trainer)
         if 0 < len(ranks) < trainer.world_size:
@@ -127,7 +128,7 @@ class WorstGroupMonitor(Callback):
     # Validation and test
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._reports[_stage(trainer)].reset()
+        self._reports[_stage(trainer)].to(pl_module.device).reset()
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -173,13 +174,13 @@ class WorstGroupMonitor(Callback):
                 f"{stage} batches. Yield (x, y, group), give the data module a `grouper` for wilds metadata, or define "
                 "`unpack_batch(self, batch)` on your module and return (x, y, group or None)."
             )
-        self._reports[stage].to(y.device).update(self._predictions.read(outputs, len(y)), y, group)
+        self._reports[stage].update(self._predictions.read(outputs, len(y)), y, group)
         self._predictions.stop()
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         stage = _stage(trainer)
         processes = self._validating if stage == "val" else None
-        report = self._reports[stage].to(pl_module.device)
+        report = self._reports[stage]
         report.sum_over(processes)
         values = report.compute(self._sizes.so_far(trainer, processes))
         if not values:

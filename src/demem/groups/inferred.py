@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from demem.groups.probe import ShortcutProbe
+from demem.groups.verdict import Kind, Verdict
 from demem.linear import balanced_weights, fit_linear
 
 MANY_ERRORS = 0.25  # × chance's error; a probe that makes more follows no shortcut, as a minority is small
@@ -30,6 +31,8 @@ class Groups:
         error: of the cross-fitted probe, mean over classes, a fraction.
         sure: fraction of its mistakes that it is confident of.
         shortcut: whether these mistakes are those of a shortcut.
+        kind: what they are, see :class:`~demem.groups.Verdict`.
+        why: the figures behind it, in one sentence.
         known: whether the groups are true ones of the held-out examples, transferred to the training examples.
         epoch: epochs of training that went before.
     """
@@ -45,12 +48,16 @@ class Groups:
     shortcut: bool
     known: bool = False
     epoch: int = 0
+    kind: Kind = "undecided"
+    why: str = ""
 
     def __repr__(self) -> str:
-        what = "known groups" if self.known else "a shortcut" if self.shortcut else "no shortcut"
+        what = "known groups" if self.known else "a shortcut" if self.shortcut else f"no shortcut, {self.kind}"
+        held_out = torch.bincount(self.held_out, minlength=len(self.sizes)).tolist()
         return (
             f"Groups({what}; probe of {self.site!r} after {self.epoch} epochs: error {self.error:.2f}, "
-            f"{self.sure:.2f} of its mistakes confident; training examples per group: {self.sizes})"
+            f"{self.sure:.2f} of its mistakes confident; examples per group (class · {self.num_classes} + attribute): "
+            f"training {self.sizes}, held out {held_out})"
         )
 
     @property
@@ -79,6 +86,17 @@ class Groups:
             return replace(self, shortcut=False)
         same = self.num_classes + 1
         return replace(self, shortcut=False, index=same * self.y, held_out=same * self.held_out_y)
+
+    def judged(self, verdict: Verdict) -> Groups:
+        """The same, overruled where a verdict on the probe's mistakes finds wrong labels.
+
+        Nothing else in a verdict takes a shortcut away: a layer that shows the class as well as the attribute makes the
+        probe less sure of the minority than of the rest, so few of its mistakes count as confident ones.
+        """
+        if self.shortcut and verdict.kind != "label noise":
+            return replace(self, kind="shortcut", why=verdict.why)
+        kind = "hard examples" if verdict.kind == "shortcut" else verdict.kind  # of which the probe is not sure
+        return replace(self.without_shortcut(), kind=kind, why=verdict.why)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives, for a checkpoint; ``Groups(**state)`` is the opposite."""
@@ -198,6 +216,7 @@ def _groups(
         probe.found,
         known,
         epoch,
+        "shortcut" if probe.found else "hard examples",
     )
 
 

@@ -33,7 +33,7 @@ class ShortcutProbe(NamedTuple):
 
     Attributes:
         site: name of the layer that was probed.
-        attribute: ``(S,)`` class that the probe names for each example without having seen it: the inferred attribute.
+        logits: ``(S, C)`` of each example, from a probe that was fitted without it.
         head: the probe fitted on all examples, to name the attribute of others.
         error: mean over classes of the fraction of examples that the cross-fitted probe gets wrong.
         sure: fraction of the mistakes whose margin (largest logit minus second) is at least the 5% quantile of the
@@ -42,11 +42,16 @@ class ShortcutProbe(NamedTuple):
     """
 
     site: str
-    attribute: Tensor
+    logits: Tensor
     head: LinearHead
     error: float
     sure: float
     found: bool
+
+    @property
+    def attribute(self) -> Tensor:
+        """``(S,)`` class that the probe names for each example without having seen it: the inferred attribute."""
+        return self.logits.argmax(1)
 
     def groups(self, y: Tensor, features: Tensor | None = None) -> Tensor:
         """Inferred group ``y · C + attribute`` of each example, with :math:`C` classes; without a shortcut the groups
@@ -159,4 +164,4 @@ def find_shortcut(
     enough = max(best, chance - progress * (chance - best))
     site = next(name for name, error in errors.items() if error <= enough)
     head, sure = fit_linear(features[site], y, weights, l2, num_classes), _sure(logits[site], y)
-    return ShortcutProbe(site, logits[site].argmax(1), head, errors[site], sure, sure >= min_sure)
+    return ShortcutProbe(site, logits[site], head, errors[site], sure, sure >= min_sure)

@@ -1,5 +1,8 @@
 """What is done about memorising units (the cure), as functions of tensors and modules; nothing here knows a Trainer.
 
+While the network trains, :class:`Forgetting` penalises the units that know the inferred attribute best within the
+class; :func:`harm_scores` and :func:`rewind` take back learned changes that hurt unseen minority examples.
+
 With the groups that :mod:`demem.groups` inferred, after training:
 
 1. :func:`remove_in_rounds` scores the units that the head reads, masks those that memorise and refits the head on
@@ -12,7 +15,19 @@ what a unit does.
 """
 
 from demem.removal.fine_tuning import FineTuned, fine_tune, tuning_subset
+from demem.removal.forget import (
+    Choose,
+    Forgetting,
+    Forgotten,
+    ForgottenUnit,
+    FrozenProbe,
+    Probe,
+    at_random,
+    most_informed,
+)
+from demem.removal.information import attribute_information, group_moments, information_gradient
 from demem.removal.interventions import apply, intervene, intervene_weights
+from demem.removal.rewind import Harm, balanced_losses, harm_scores, rewind, rewindable_sites
 from demem.removal.rounds import (
     MASKED_SHARES,
     SMOOTHING,
@@ -31,18 +46,34 @@ __all__ = [
     "MASKED_SHARES",
     "SMOOTHING",
     "TRACED",
+    "Choose",
     "Examples",
     "FineTuned",
+    "Forgetting",
+    "Forgotten",
+    "ForgottenUnit",
+    "FrozenProbe",
+    "Harm",
+    "Probe",
     "Round",
     "RoundRecord",
     "apply",
+    "at_random",
+    "attribute_information",
+    "balanced_losses",
     "check_shares",
     "choose_round",
     "clearly_better",
     "fine_tune",
+    "group_moments",
+    "harm_scores",
+    "information_gradient",
     "intervene",
     "intervene_weights",
+    "most_informed",
     "remove_in_rounds",
+    "rewind",
+    "rewindable_sites",
     "tuning_subset",
     "worst_group",
 ]

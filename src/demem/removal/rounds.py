@@ -37,16 +37,20 @@ class RoundRecord:
     """What is kept of a round: enough to say what was done, small enough for a checkpoint.
 
     Attributes:
-        refit: whether the head was refitted; not so for the network as trained.
+        refitted: whether the head was refitted; not so for the network as trained.
         share: fraction of the units that are masked.
         worst: cross-fitted accuracy on the worst (true or inferred) group of the held-out examples, a fraction.
         chosen: whether this round was kept.
     """
 
-    refit: bool
+    refitted: bool
     share: float
     worst: float
     chosen: bool
+
+    def __repr__(self) -> str:
+        head = f"head refitted, {self.share:.0%} of its inputs masked" if self.refitted else "as trained"
+        return f"RoundRecord({head}: worst group {self.worst:.3f}{', kept' * self.chosen})"
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,12 @@ class Round:
     standard_error: float
     refit: Callable[[], LinearHead]
 
-    def record(self, chosen: bool, refit: bool) -> RoundRecord:
+    def __repr__(self) -> str:
+        return f"Round({self.share:.0%} of the head's inputs masked: worst group {self.worst:.3f})"
+
+    def record(self, chosen: bool, refitted: bool) -> RoundRecord:
         """What to keep of the round."""
-        return RoundRecord(refit, self.share, self.worst, chosen)
+        return RoundRecord(refitted, self.share, self.worst, chosen)
 
     @cached_property
     def head(self) -> LinearHead:

@@ -4,15 +4,21 @@ Everything that has to know a ``Trainer`` is here: which loaders there are, in w
 rows of several processes are put together, how modes and random state are restored, and what Lightning keeps private.
 A callback of your own reads a run in three lines::
 
-    data = RunData(trainer, pl_module)
-    rows = data.held_out.read(default_sites(pl_module))
+    data = RunData(trainer, pl_module)  # the callback's arguments
+    rows = data.held_out.read(demem.sites.default_sites(pl_module))
     rows.y, rows.group, rows.activations["layer4"]  # (S,), (S,) or None, (S, N)
 """
 
 from demem.run.balance import rebalance
-from demem.run.cure import read_examples, remove_and_refit, trained_parameters
+from demem.run.cure import (
+    describe_rounds,
+    read_examples,
+    remove_and_refit,
+    restored_on_failure,
+    trained_parameters,
+)
 from demem.run.data import Rows, RunData, Split, UnevenRows
-from demem.run.detection import has_learned, infer_groups_of_run
+from demem.run.detection import describe_groups, has_learned, infer_groups_of_run
 from demem.run.head import check_head, model_with_head, read_head, write_head
 from demem.run.loaders import (
     draws_evenly,
@@ -27,7 +33,7 @@ from demem.run.passes import examples, in_extra_pass, isolated_rng, undisturbed
 from demem.run.processes import gather_rows, ranks_of, validating_ranks
 from demem.run.sampling import ReweightedSampler, reweight
 from demem.run.sizes import TrainingSizes
-from demem.run.stage import is_dry_run, is_last_step, resumed_within_epoch
+from demem.run.stage import is_dry_run, is_last_step, kept_checkpoints, resumed_within_epoch
 
 __all__ = [
     "ReweightedSampler",
@@ -37,6 +43,8 @@ __all__ = [
     "TrainingSizes",
     "UnevenRows",
     "check_head",
+    "describe_groups",
+    "describe_rounds",
     "draws_evenly",
     "examples",
     "find_grouper",
@@ -50,12 +58,14 @@ __all__ = [
     "is_dry_run",
     "is_last_step",
     "isolated_rng",
+    "kept_checkpoints",
     "model_with_head",
     "ranks_of",
     "read_examples",
     "read_head",
     "rebalance",
     "remove_and_refit",
+    "restored_on_failure",
     "resumed_within_epoch",
     "reweight",
     "sampler_of",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytorch_lightning as pl
 import torch
@@ -69,12 +70,48 @@ def remove_and_refit(
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = broadcast(choose(rounds, held_out, groups))
-    records = broadcast([round_.record(chosen=i == chosen, refit=i > 0) for i, round_ in enumerate(rounds)])
+    if not isinstance(chosen, int) or not 0 <= chosen < len(rounds):
+        raise ValueError(f"choose returned {chosen!r}; it must return the index of one of the {len(rounds)} rounds.")
+    records = broadcast([round_.record(chosen=i == chosen, refitted=i > 0) for i, round_ in enumerate(rounds)])
     if chosen == 0:
         return records, 0
     write_head(data.head, broadcast(rounds[chosen].head))
     gate = broadcast(rounds[chosen].gate)
     return records, _fine_tune(data, held_out, held_out_positions, gate, passes, seed)
+
+
+def describe_rounds(rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
+    """What was done to the network, in one line.
+
+    Args:
+        rounds: the network as trained first, as :func:`remove_and_refit` gives them.
+        fine_tuned_on: held-out examples.
+    """
+    kept = next(record for record in rounds if record.chosen)
+    if not kept.refitted:
+        return "demem: the network stays as it was trained."
+    tuned = f"fine-tuned on {fine_tuned_on}" if fine_tuned_on else "not fine-tuned on"
+    return (
+        "demem: the head was refitted (cross-fitted accuracy on the worst inferred group: "
+        f"{rounds[0].worst:.2f} → {kept.worst:.2f}), {kept.share:.0%} of its inputs masked, and the network {tuned} "
+        "held-out examples."
+    )
+
+
+@contextmanager
+def restored_on_failure(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Put the parameters back and warn where the block fails: what goes wrong after training must not cost the run."""
+    before = [p.detach().clone() for p in pl_module.parameters()]
+    try:
+        yield
+    except Exception as error:
+        with torch.no_grad():
+            for parameter, value in zip(pl_module.parameters(), before, strict=True):
+                parameter.copy_(value)
+        warnings.warn(
+            f"MemorizationRemover leaves the network as it was trained, because {type(error).__name__}: {error}",
+            stacklevel=4,
+        )
 
 
 def read_examples(data: RunData, groups: Groups, positions: Tensor, seed: int) -> tuple[Examples, Examples, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from demem.batch import Batch, apply_model
+from demem.groups import sketch
 from demem.run.head import model_with_head
 from demem.run.loaders import has_positions, held_out_loader, is_training_loader, train_loader
 from demem.run.passes import batches_at, examples, undisturbed
@@ -29,6 +30,8 @@ class Rows:
         group: ``(S,)`` int64, or ``None`` where a batch has none.
         activations: ``{site name: (S, N)}`` float32, pooled over space or tokens.
         logits: ``(S, C)`` float32, or ``None`` if they were not asked for.
+        sketches: ``{site name: (S, M)}`` float32, whole activations as random sums (:func:`demem.groups.sketch`), where
+            they were asked for and all examples have activations of one shape.
     """
 
     position: Tensor
@@ -36,6 +39,7 @@ class Rows:
     group: Tensor | None
     activations: dict[str, Tensor]
     logits: Tensor | None = None
+    sketches: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -95,6 +99,7 @@ class Split:
         *,
         reduce: Reduce = "mean",
         logits: bool = False,
+        sketches: bool = False,
         optional: bool = False,
         limit: int | None = None,
         only: Tensor | None = None,
@@ -106,6 +111,7 @@ class Split:
             description: of the progress bar; none is shown without it.
             reduce: over space or tokens, see :func:`demem.sites.reduce_activation`.
             logits: read these, too.
+            sketches: read these, too.
             optional: leave out layers that do not run, or do not give one row per example, unless none does.
             limit: at most this many examples, evenly spaced.
             only: positions in the data set, ascending.
@@ -115,8 +121,19 @@ class Split:
                 :func:`demem.run.passes.examples`.
         """
 
+        shapes: dict[str, set[torch.Size]] = {}
+
+        def sketched(site: Site, activation: Tensor) -> Tensor:
+            shapes.setdefault(site.name, set()).add(activation.shape[1:])
+            return sketch(activation)
+
+        whole = ActivationReader(sites if sketches else (), sketched, optional=True)
+
         def columns(batch: Batch, out: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found = {f"site {name}": check_finite(v.float(), f"layer {name!r}") for name, v in seen.items()}
+            if sketches:
+                drawn = whole.pop().items()
+                found |= {f"sketch {name}": values for name, values in drawn if len(shapes[name]) == 1}
             found["y"] = batch.y
             if batch.group is not None:
                 found["group"] = batch.group
@@ -124,13 +141,15 @@ class Split:
                 found["logits"] = out.float()
             return found
 
-        position, rows, uneven = self._pass(columns, sites, description, reduce, optional, limit, only)
+        with whole:
+            position, rows, uneven = self._pass(columns, sites, description, reduce, optional, limit, only)
         names = [site.name for site in sites]
         wrong = [name for name in names if f"site {name}" in uneven]
         if wrong and (not optional or not any(f"site {name}" in rows for name in names)):
             raise UnevenRows(wrong)
         activations = {name: rows[f"site {name}"] for name in names if f"site {name}" in rows}
-        return Rows(position, rows["y"], rows.get("group"), activations, rows.get("logits"))
+        random_sums = {name: rows[f"sketch {name}"] for name in activations if f"sketch {name}" in rows}
+        return Rows(position, rows["y"], rows.get("group"), activations, rows.get("logits"), random_sums)
 
     def map(
         self,
@@ -211,6 +230,8 @@ class RunData:
         max_examples: at most this many training examples are read, evenly spaced.
 
     Attributes:
+        train, held_out: the :class:`Split` of the (first) training and of the first validation loader; read one with
+            :meth:`Split.read`.
         head_name, head: the classification head.
         model: what to call for logits.
 

@@ -7,12 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from demem.groups import Groups, ShortcutProbe, class_error, infer_groups, known_groups
+from demem.groups import (
+    Groups,
+    ShortcutProbe,
+    Verdict,
+    class_error,
+    infer_groups,
+    judge,
+    known_groups,
+    second_opinion,
+)
 from demem.run.data import Rows, RunData
 from demem.run.head import read_head
+from demem.run.loaders import evenly_spaced
 from demem.sites import Site, default_sites, find_sites
 
 CHOSEN_ON = 20_000  # training examples that the probed layer is chosen on: those of all layers are in memory at once
+JUDGED_ON = 2_000  # training examples that the verdict is found on; its time grows with their square and cube
 LEARNED_ON, AT_CHANCE = 2_000, 0.8  # the network counts as untrained while its error on 2,000 exceeds 0.8 × chance
 
 Detect = Callable[[Mapping[str, Tensor], Tensor, int], ShortcutProbe]
@@ -23,7 +34,9 @@ def infer_groups_of_run(
 ) -> tuple[Groups, Tensor]:
     """Probe the layers on the training examples, and give these and the held-out examples a group.
 
-    Where there are more than 20,000 training examples, the layer is chosen on that many, and then read of all.
+    Where there are more than 20,000 training examples, the layer is chosen on that many, and then read of all.  Before
+    training, what the probe gets wrong is judged on 2,000 of them (:func:`demem.groups.judge`): a network that has
+    trained on wrong labels would side with them.
 
     Args:
         data: of the run.
@@ -40,14 +53,17 @@ def infer_groups_of_run(
         ValueError: labels out of range, a class with fewer than two examples, groups asked for but not in the batches,
             or as :meth:`demem.run.Split.read`.
     """
-    what, classes = "finding the shortcut", data.num_classes
-    sites, optional = _sites(data, layers), layers is None
-    probe, train, site = _probe(data, sites, detect, optional, what)
+    what, classes, optional = "finding the shortcut", data.num_classes, layers is None
+    sites, judged = _sites(data, layers), epoch == 0 and not use_groups
+    first = data.train.read(sites, what, sketches=judged, optional=optional, limit=CHOSEN_ON)
+    probe, train, site = _probe(data, first, sites, detect, optional, what)
     held_out = data.held_out.read([site], what, optional=optional)
     check_classes(held_out.y, classes, "validation")
     features = held_out.activations[site.name]
     if not use_groups:
         groups = infer_groups(probe, train.y, features, held_out.y, epoch)
+        verdict = _verdict(probe, first, train, classes) if judged else None
+        groups = groups if verdict is None else groups.judged(verdict)
     elif held_out.group is None:
         raise ValueError(
             "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set use_groups=False."
@@ -56,6 +72,38 @@ def infer_groups_of_run(
         groups = known_groups(probe, train.activations[site.name], train.y, features, held_out.y, held_out.group, epoch)
     # What follows from the groups must be the same on all processes, and rounding differs between devices.
     return data.trainer.strategy.broadcast(groups), train.position.cpu()
+
+
+def _verdict(probe: ShortcutProbe, first: Rows, train: Rows, num_classes: int) -> Verdict | None:
+    """The verdict on what the probe of the training examples gets wrong, by what all layers show of the first ones;
+    ``None`` if no class has two of these."""
+    some = evenly_spaced(torch.arange(len(first)), JUDGED_ON).to(first.y.device)
+    some = some[torch.bincount(first.y[some])[first.y[some]] >= 2]
+    if not len(some):
+        return None
+    here = torch.searchsorted(train.position, first.position[some])
+    early, y = probe.logits[here], first.y[some]
+    features = [rows[some] for layers in (first.activations, first.sketches) for rows in layers.values()]
+    return judge(early, second_opinion(features, y, early.argmax(1), num_classes), y)
+
+
+def describe_groups(groups: Groups, looks_again: bool = False, rebalance: bool = True) -> str:
+    """What was found, and what follows from it, in one line.
+
+    Args:
+        groups: that were inferred.
+        looks_again: the network is probed again after an epoch.
+        rebalance: training draws the groups equally often.
+    """
+    if looks_again:
+        found = "makes too many mistakes to follow a shortcut; the network is probed again after an epoch"
+    elif groups.shortcut:
+        found = "follows a shortcut" + ", so that training draws the inferred groups equally often" * rebalance
+    elif groups.known:
+        found = "follows no shortcut"
+    else:
+        found = f"follows no shortcut ({groups.kind}), so that the network is trained as it would be without demem"
+    return f"demem: the probe of {groups.site!r} (error {groups.error:.2f}) {found}."
 
 
 def has_learned(data: RunData) -> bool:
@@ -98,11 +146,10 @@ def _check_range(y: Tensor, num_classes: int, where: str) -> None:
 
 
 def _probe(
-    data: RunData, sites: Sequence[Site], detect: Detect, optional: bool, what: str
+    data: RunData, rows: Rows, sites: Sequence[Site], detect: Detect, optional: bool, what: str
 ) -> tuple[ShortcutProbe, Rows, Site]:
     """The probe, the training examples with the activations that it reads, and its site."""
     classes = data.num_classes
-    rows = data.train.read(sites, what, optional=optional, limit=CHOSEN_ON)
     _check_range(rows.y, classes, "training")
     whole = len(rows) < CHOSEN_ON
     if whole or int(torch.bincount(rows.y, minlength=classes).min()) > 1:

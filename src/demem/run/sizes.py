@@ -18,7 +18,7 @@ from demem.run.passes import examples, isolated_rng
 
 
 class TrainingSizes:
-    """Number of training examples of each group.
+    """Count the training examples of each group.
 
     They are the data module's ``train_group_counts`` if it has them.  Else they are counted over the first training
     epoch that runs from its first batch on; or, at once, in one pass over the training set, where a sampler may draw
@@ -36,15 +36,13 @@ class TrainingSizes:
         self._from_the_start = False
 
     def ask(self, trainer: pl.Trainer) -> None:
-        """Take the sizes that the data module knows."""
+        """Take the sizes from the data module, if it knows them."""
         counts = getattr(getattr(trainer, "datamodule", None), "train_group_counts", None)
         if counts is not None:
             self.known = torch.as_tensor(counts).long().cpu()
 
     def start_epoch(self) -> None:
-        """A training epoch starts with its first batch."""
-        self._counts.reset()
-        self._unread.reset()
+        """Note that a training epoch starts with its first batch."""
         self._from_the_start = True
 
     def see(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
@@ -62,13 +60,13 @@ class TrainingSizes:
             self._count(group)
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
-        """A training epoch is over; every process must call this."""
+        """Sum what a whole training epoch counted; every process must call this."""
         if self.known is None and self._from_the_start:
             self.known = self._sum(trainer)
         self._from_the_start = False
 
     def so_far(self, trainer: pl.Trainer, processes: Any = None) -> Tensor:
-        """The sizes, or what was counted of them; every one of these processes (default: all) must call this."""
+        """Return the sizes, or what was counted so far; each of these processes (default: all) must call this."""
         return self._sum(trainer, processes) if self.known is None else self.known
 
     def _needs_a_pass(self, loader: Any) -> bool:
@@ -77,7 +75,6 @@ class TrainingSizes:
         return not self._from_the_start or not draws_evenly(loader)
 
     def _count_data_set(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any]) -> None:
-        self.start_epoch()
         try:
             with isolated_rng():
                 for _, batch in examples(trainer, pl_module, loader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,3 +31,10 @@ def restart_workers(trainer: pl.Trainer) -> None:
     """Draw the epoch anew: its iterator was made before this hook, and its workers hold what the old sampler drew."""
     fetcher: Any = trainer.fit_loop._data_fetcher
     iter(fetcher)
+
+
+def kept_checkpoints(trainer: pl.Trainer) -> dict[str, float]:
+    """The best and the last file of every checkpoint callback, with the time at which it was written."""
+    callbacks: list[Any] = list(trainer.checkpoint_callbacks)
+    named = {getattr(callback, name, "") for callback in callbacks for name in ("best_model_path", "last_model_path")}
+    return {path: Path(path).stat().st_mtime for path in sorted(named) if path and Path(path).is_file()}

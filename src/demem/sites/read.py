@@ -110,7 +110,8 @@ class ActivationReader:
 
     Args:
         sites: from :func:`demem.sites.find_sites`.
-        reduce: see :func:`reduce_activation`; ``None`` keeps whole activations (cloned).
+        reduce: see :func:`reduce_activation`; ``None`` keeps whole activations (cloned), and a function of
+            the site and the whole activation, examples first, makes rows ``(B, …)`` of it.
         ungated: read before the gates of :class:`demem.sites.Gates` are applied.
         optional: leave out layers that do not run, unless none does.
 
@@ -125,7 +126,11 @@ class ActivationReader:
     """
 
     def __init__(
-        self, sites: Sequence[Site], reduce: Reduce | None = "auto", ungated: bool = False, optional: bool = False
+        self,
+        sites: Sequence[Site],
+        reduce: Reduce | Callable[[Site, Tensor], Tensor] | None = "auto",
+        ungated: bool = False,
+        optional: bool = False,
     ) -> None:
         self.sites = list(sites)
         self.reduce = reduce
@@ -167,7 +172,10 @@ class ActivationReader:
 
     def _store(self, site: Site, activation: Tensor) -> None:
         x = activation.detach()
-        x = site.examples_first(x).clone() if self.reduce is None else reduce_activation(site, x, self.reduce)
+        if callable(self.reduce):
+            x = self.reduce(site, site.examples_first(x))
+        else:
+            x = site.examples_first(x).clone() if self.reduce is None else reduce_activation(site, x, self.reduce)
         # A view (2-D input, first token) would be rewritten by a later in-place operation.
         if x.untyped_storage().data_ptr() == activation.untyped_storage().data_ptr():
             x = x.clone()

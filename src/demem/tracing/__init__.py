@@ -16,7 +16,7 @@ from demem.tracing.atypical import (
     example_losses,
     margins,
 )
-from demem.tracing.capture import Ranks, predict, read_features, select_rows
+from demem.tracing.capture import ALONE, Ranks, evaluating, predict, read_features, select_rows
 from demem.tracing.critical import CriticalUnits, critical_units
 from demem.tracing.logit_attribution import head_impact, linear_impact, linear_score
 from demem.tracing.magnitude import gradient_score, magnitude_score
@@ -35,6 +35,7 @@ from demem.tracing.topk import matched_units, random_units, top_units, units_to_
 from demem.tracing.weights import prunable_weights, top_weights, unit_norms, unit_of_weight
 
 __all__ = [
+    "ALONE",
     "IMPACTS",
     "SCORES",
     "CriticalUnits",
@@ -53,6 +54,7 @@ __all__ = [
     "class_mean",
     "contrast",
     "critical_units",
+    "evaluating",
     "example_losses",
     "gradient_score",
     "head_impact",
