@@ -51,6 +51,12 @@ def _one_of_two(rank: int, folder: Path, work: Callable[..., Any], args: tuple[A
         torch.distributed.destroy_process_group()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with several processes come first: a fork of a process in which other tests have left threads may hang."""
+    forks = {"two_processes", "in_two_processes"}
+    items.sort(key=lambda item: forks.isdisjoint(getattr(item, "fixturenames", ())))
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
