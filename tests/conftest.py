@@ -60,3 +60,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # a benchmark that ran before may have taken more
