@@ -35,6 +35,14 @@ def evaluating(model: nn.Module, freeze: bool = True) -> Iterator[None]:
     """Switch to evaluation mode with compiled parts run eagerly, and restore everything afterwards.
 
     Parameters require no gradient if ``freeze``, else all floating-point ones do.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> with evaluating(model):
+        ...     model.training, model[0].weight.requires_grad
+        (False, False)
+        >>> model.training, model[0].weight.requires_grad
+        (True, True)
     """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
