@@ -165,6 +165,7 @@ def fit_balanced(
     subsets: int = 20,
     smallest: int = 8,
     seed: int = 0,
+    weights: Tensor | None = None,
 ) -> LinearHead:
     """Average heads that are each fitted on a random subset with equally many examples of every group.
 
@@ -177,6 +178,7 @@ def fit_balanced(
         subsets: number of heads.
         smallest: see :func:`balanced_subset`.
         seed: seed of the draws.
+        weights: ``(S,)`` of the examples within a subset; equal if ``None``.
 
     Returns:
         The head whose weight and bias are the means over the heads.
@@ -200,7 +202,8 @@ def fit_balanced(
     heads = []
     for _ in range(subsets):
         chosen = balanced_subset(group, generator, smallest)
-        heads.append(fit_linear(features[chosen], y[chosen], None, l2, classes))
+        share = None if weights is None else weights[chosen]
+        heads.append(fit_linear(features[chosen], y[chosen], share, l2, classes))
     weight, bias = (torch.stack(parts).mean(0) for parts in zip(*heads, strict=True))
     return LinearHead(weight, bias)
 

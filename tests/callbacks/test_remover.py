@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from demem.callbacks import MemorizationRemover, WorstGroupMonitor
-from demem.groups import Groups, find_shortcut
-from demem.removal import RoundRecord, choose_round, worst_group
+from demem.groups import Groups, find_shortcut, judge
+from demem.removal import ATYPICAL_WEIGHTS, RoundRecord, choose_round, worst_group
 from demem.run import Split
 
 QUIET = dict(
@@ -93,10 +93,18 @@ class KeepsTheBest(MemorizationRemover):
         return choose_round(rounds, held_out, groups.typical, tolerance=0)
 
 
-def _looks(monkeypatch, many, few):
-    """Multiples of chance's error: from which on there is a second look, and up to which that one is believed."""
-    monkeypatch.setattr("demem.groups.inferred.MANY_ERRORS", many)
-    monkeypatch.setattr("demem.groups.inferred.FEW_ERRORS", few)
+def _verdicts(monkeypatch, *kinds):
+    """What the verdicts on the probes' mistakes say, one after the other."""
+    kinds = iter(kinds)
+    judged = lambda *args: replace(judge(*args), kind=next(kinds))  # noqa: E731
+    monkeypatch.setattr("demem.run.detection.judge", judged)
+
+
+def _looks_twice(monkeypatch):
+    """The first probe finds no shortcut, and the second does."""
+    monkeypatch.setattr("demem.groups.inferred.FEW_ERRORS", 1.0)
+    monkeypatch.setattr(Groups, "open", property(lambda groups: not groups.shortcut))
+    _verdicts(monkeypatch, "label noise", "hard examples", "hard examples")
 
 
 def _same_groups(a, b):
@@ -118,8 +126,10 @@ def test_lifts_the_worst_group_and_finds_the_attribute():
     module, trainer = _fit(remover)
     assert _worst(module) > _worst(plain) + 0.1
     assert sum(r.chosen for r in remover.rounds) == 1
-    assert [r.share for r in remover.rounds] == [0.0, 0.0, *remover.shares]
-    assert [r.refitted for r in remover.rounds] == [False, True, *[True] * len(remover.shares)]
+    weights = len(ATYPICAL_WEIGHTS)
+    assert [r.share for r in remover.rounds] == [0.0, *[0.0] * weights, *remover.shares]
+    assert [r.weight for r in remover.rounds[: 1 + weights]] == [1, *ATYPICAL_WEIGHTS]
+    assert [r.refitted for r in remover.rounds] == [False, *[True] * (weights + len(remover.shares))]
     # Inferred groups of the training set against the planted ones.
     assert float((remover.groups.index == TRAIN.tensors[2]).float().mean()) > 0.9
     assert sum(remover.groups.sizes) == len(TRAIN)
@@ -166,7 +176,7 @@ def test_leaves_the_network_as_trained_where_the_refit_has_nothing_to_go_by(monk
     module, trainer = _fit(remover)
     for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert [r.chosen for r in remover.rounds] == [True, *[False] * (1 + len(remover.shares))]
+    assert [r.chosen for r in remover.rounds] == [True, *[False] * (len(ATYPICAL_WEIGHTS) + len(remover.shares))]
     assert remover.rounds[0].worst == pytest.approx(only.rounds[0].worst)
     assert not remover.rounds[0].refitted
     assert float(trainer.callback_metrics["removal/masked_share"]) == 0
@@ -254,19 +264,17 @@ HARD = _parity(3000, 0.9, 0)
 
 
 @pytest.mark.slow
-def test_looks_again_at_a_network_that_has_learned_the_shortcut(monkeypatch):
+def test_looks_again_at_a_network_that_has_learned_the_shortcut():
     truth, test = HARD.tensors[2], _parity(1000, 0.0, 2)
-    found, worst = {}, {}
-    for name, many in {"again": 0.25, "once": 1}.items():
-        _looks(monkeypatch, many, 0.15)
-        remover = MemorizationRemover(probe_layers=["net.1", "net.3"], fine_tune=0)
-        module, _ = _fit(remover, _Fast(), loaders=_loaders(HARD, _parity(200, 0.0, 1)))
-        found[name], worst[name] = float((remover.groups.index == truth).float().mean()), _worst(module, test)
-        assert remover.groups.epoch == (name == "again")
-        assert sum(remover.groups.sizes) == len(HARD)
-    assert found["once"] < 0.9
-    assert found["again"] > 0.95
-    assert worst["again"] > worst["once"]
+    minority = (truth == 1) | (truth == 2)
+    remover = MemorizationRemover(probe_layers=["net.1", "net.3"], fine_tune=0)
+    loaders = _loaders(HARD, _parity(200, 0.0, 1))
+    module, _ = _fit(remover, _Fast(), loaders=loaders)
+    plain, _ = _fit(None, _Fast(), loaders=loaders)
+    assert remover.groups.epoch == 1
+    assert sum(remover.groups.sizes) == len(HARD)
+    assert float((remover.groups.index == truth)[minority].float().mean()) > 0.7
+    assert _worst(module, test) > _worst(plain, test) + 0.05
 
 
 def _drawn(remover, epochs=3, loaders=None):
@@ -283,31 +291,32 @@ def _drawn(remover, epochs=3, loaders=None):
 
 def test_first_epoch_is_left_alone_before_a_second_look(monkeypatch):
     plain = _drawn(None)
-    first = MemorizationRemover()
-    once = _drawn(first, epochs=1)
-    _looks(monkeypatch, 0, 0)  # always looks again, and never believes what it sees
+    _looks_twice(monkeypatch)
     remover = MemorizationRemover()
     drawn = _drawn(remover)
     assert torch.equal(drawn[0], plain[0])
     assert not torch.equal(drawn[1].bincount(), plain[1].bincount())
-    assert remover.groups.epoch == 0
-    assert torch.equal(remover.groups.index, first.groups.index)
-    # With one epoch there is no second look, and no reason to wait for it.
-    assert torch.equal(_drawn(MemorizationRemover(), epochs=1)[0], once[0])
+    assert (remover.groups.epoch, remover.groups.shortcut) == (1, True)
 
 
 @pytest.mark.parametrize(
-    ("error", "epoch", "shortcut"), [(0.05, 1, True), (0.1, 1, False), (0.2, 0, True)], ids=["few", "halved", "many"]
+    ("kinds", "few", "epoch", "shortcut"),
+    [
+        (["shortcut"], 0.0, 0, True),
+        (["label noise"], 0.0, 0, False),
+        (["hard examples"], 1.0, 0, True),
+        (["nothing"], 1.0, 0, False),
+        (["undecided", "undecided"], 0.0, 1, False),
+        (["hard examples", "shortcut"], 0.0, 1, False),  # by then the network sides with wrong labels
+    ],
 )
-def test_what_the_second_look_says(monkeypatch, error, epoch, shortcut):
-    errors = iter([0.3, error])
-    probed = lambda *args, **options: find_shortcut(*args, **options)._replace(error=next(errors))  # noqa: E731
-    monkeypatch.setattr("demem.callbacks.remover.find_shortcut", probed)
+def test_what_the_looks_say(monkeypatch, kinds, few, epoch, shortcut):
+    monkeypatch.setattr("demem.groups.inferred.FEW_ERRORS", few)
+    _verdicts(monkeypatch, *kinds)
     remover = MemorizationRemover()
     _fit(remover)
     assert remover.groups.epoch == epoch
     assert remover.groups.shortcut == shortcut
-    assert remover.groups.error == (error if epoch else 0.3)
     classes = 3 * TRAIN.tensors[1]
     assert torch.equal(remover.groups.index, classes) == (not shortcut)
 
@@ -322,7 +331,7 @@ class _Save(pl.Callback):
 
 
 def test_a_network_at_chance_is_probed_again_after_the_next_epoch(monkeypatch):
-    """What it says counts from then on: here the first probe stays, as its mistakes do not become few."""
+    """What it says before counts for nothing."""
     epochs, look = [], MemorizationRemover._look
 
     def noted(self, data):
@@ -335,15 +344,16 @@ def test_a_network_at_chance_is_probed_again_after_the_next_epoch(monkeypatch):
                 group["lr"] = 0.0 if self.current_epoch < 2 else 3e-3
 
     monkeypatch.setattr(MemorizationRemover, "_look", noted)
-    _looks(monkeypatch, 0, 0)
+    monkeypatch.setattr("demem.groups.inferred.FEW_ERRORS", 0.0)
+    _verdicts(monkeypatch, *["undecided"] * 4)
     remover = MemorizationRemover(probe_layers="net.0")
     _fit(remover, Slow(), epochs=5)
     assert epochs == [0, 1, 2, 3]
-    assert remover.groups.epoch == 0
+    assert remover.groups.epoch == 3
 
 
 def test_resumed_before_the_second_look(monkeypatch, tmp_path):
-    _looks(monkeypatch, 0, 1)
+    _looks_twice(monkeypatch)
     whole, second = MemorizationRemover(), MemorizationRemover()
     straight, _ = _fit(whole, callbacks=[_Save(0, tmp_path / "first.ckpt")])
     resumed, _ = _fit(second, ckpt_path=tmp_path / "first.ckpt")
@@ -658,7 +668,8 @@ def test_two_processes_equal_one(tmp_path, two_processes, val):
 
 @pytest.mark.parametrize("looks", [1, 2])
 def test_two_processes_end_with_the_same_network(monkeypatch, tmp_path, two_processes, looks):
-    _looks(monkeypatch, *((1, 0) if looks == 1 else (0, 1)))
+    if looks == 2:
+        _looks_twice(monkeypatch)
     remover = MemorizationRemover(shares=(0.5,))
     record = _Record(remover, str(tmp_path / "s"))
     _fit(remover, epochs=2, callbacks=[record], loaders=_loaders(val=MANY), **two_processes)

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from test_every_callback import _equal, _KeepState
-from test_remover import MANY, _fit, _loaders, _looks
+from test_remover import MANY, _fit, _loaders, _looks_twice
 
 import demem.run.cure
 import demem.run.detection
@@ -62,7 +62,7 @@ class Drifts(MemorizationRemover):
 @pytest.mark.parametrize("what", ["site", "groups", "choice", *PATCHED])
 def test_processes_that_differ_end_with_the_same_network(what, monkeypatch, tmp_path, two_processes):
     if what == "has learned":
-        _looks(monkeypatch, 0, 0)
+        _looks_twice(monkeypatch)
     remover = Drifts(what)
     _fit(remover, epochs=3, callbacks=[_KeepState(remover, tmp_path)], loaders=_loaders(val=MANY), **two_processes)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

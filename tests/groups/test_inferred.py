@@ -12,31 +12,32 @@ def _groups(error=0.3, shortcut=True, num_classes=2, known=False, epoch=0):
     return Groups(index, index[:6], y, y[:6], num_classes, "layer", error, 0.9, shortcut, known, epoch)
 
 
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_of_two_probes_the_second_counts(shortcut):
+    after = _groups(0.2, shortcut, epoch=1)
+    assert second_look(_groups(0.3), after) is after
+
+
+@pytest.mark.parametrize(("error", "counts"), [(0.05, 1), (0.15, 1), (0.16, 0), (0.4, 0)])
+def test_known_groups_are_transferred_by_a_clearly_better_probe(error, counts):
+    before, after = _groups(0.3, known=True), _groups(error, known=True, epoch=1)
+    assert second_look(before, after).epoch == counts
+
+
 @pytest.mark.parametrize(
-    ("first", "second", "num_classes", "counts"),
+    ("error", "shortcut", "kind", "known", "expected"),
     [
-        (0.3, 0.05, 2, "second"),
-        (0.3, 0.075, 2, "second"),  # 0.15 × chance's error of 1/2
-        (0.3, 0.08, 2, "neither"),
-        (0.3, 0.15, 2, "neither"),  # half the first's
-        (0.3, 0.16, 2, "first"),
-        (0.3, 0.4, 2, "first"),
-        (0.3, 0.13, 10, "second"),  # 0.15 × 9/10
-        (0.3, 0.14, 10, "neither"),
+        (0.2, False, "hard examples", False, True),
+        (0.2, False, "nothing", False, True),
+        (0.2, True, "shortcut", False, False),
+        (0.2, False, "label noise", False, False),
+        (0.075, False, "hard examples", False, False),  # 0.15 × chance's error: few mistakes
+        (0.2, True, "shortcut", True, True),
+        (0.1, True, "shortcut", True, False),
     ],
 )
-@pytest.mark.parametrize("shortcut", [True, False])
-def test_which_of_two_probes_counts(first, second, num_classes, counts, shortcut):
-    before = _groups(first, num_classes=num_classes)
-    after = _groups(second, shortcut, num_classes, epoch=1)
-    found = second_look(before, after)
-    if counts == "neither":
-        assert not found.shortcut
-        assert torch.equal(found.index, (num_classes + 1) * after.y)
-        assert torch.equal(found.held_out, (num_classes + 1) * after.held_out_y)
-        assert found.epoch == 1
-    else:
-        assert found is {"first": before, "second": after}[counts]
+def test_when_the_question_is_open(error, shortcut, kind, known, expected):
+    assert replace(_groups(error, shortcut, known=known), kind=kind).open == expected
 
 
 @pytest.mark.parametrize(("error", "num_classes", "many"), [(0.125, 2, False), (0.13, 2, True), (0.13, 10, False)])
@@ -103,11 +104,15 @@ def test_known_groups_are_carried_over_to_the_training_examples(form):
 
 @pytest.mark.parametrize("kind", ["shortcut", "label noise", "hard examples", "nothing", "undecided"])
 @pytest.mark.parametrize("shortcut", [True, False])
-def test_only_wrong_labels_overrule_a_shortcut(kind, shortcut):
-    groups = _groups(shortcut=shortcut)
+@pytest.mark.parametrize("error", [0.05, 0.2])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_what_a_verdict_makes_of_the_groups(kind, shortcut, error, epoch):
+    groups = _groups(error, shortcut, epoch=epoch)
     verdict = Verdict(kind, 0.9, "the figures", 0.0, 0.0, 0.0, 1.0, 0.0, torch.zeros(12), torch.zeros(12))
     judged = groups.judged(verdict)
-    assert judged.shortcut == (shortcut and kind != "label noise")
+    positive = kind == "shortcut" and epoch == 0
+    few = error == 0.05 and kind in ("shortcut", "hard examples", "undecided")
+    assert judged.shortcut == (shortcut and (positive or few))
     assert torch.equal(judged.index, groups.index if judged.shortcut else 3 * groups.y)
     assert torch.equal(judged.held_out, groups.held_out if judged.shortcut else 3 * groups.held_out_y)
     assert judged.why == "the figures"

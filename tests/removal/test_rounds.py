@@ -29,7 +29,9 @@ def test_masks_the_spurious_units_and_lifts_the_worst_group():
     test, test_group = _examples(4000, 0.5, 2)
     held_out = held_out._replace(group=group)
     typical = torch.tensor([0, 3])
-    rounds = remove_in_rounds(train, held_out, _head(train), num_classes=2, shares=(0.25, 0.5, 0.9), typical=typical)
+    rounds = remove_in_rounds(
+        train, held_out, _head(train), num_classes=2, shares=(0.25, 0.5, 0.9), weights=(1,), typical=typical
+    )
     before, _ = worst_group(rounds[1].head(test.features), test.y, test_group)
     half = rounds[3]
     assert int((half.gate[20:] == 0).sum()) >= 19  # the 20 spurious ones, or all but one
@@ -54,9 +56,44 @@ def test_held_out_accuracy_is_judged_without_the_example():
 def _rounds(worst, standard_error=0.1):
     train, group = _examples(200, 0.9, 0)
     train = train._replace(group=group)
-    rounds = remove_in_rounds(train, train, _head(train), num_classes=2, shares=(0.2, 0.4))
+    rounds = remove_in_rounds(train, train, _head(train), num_classes=2, shares=(0.2, 0.4), weights=(1,))
     refits = [replace(r, worst=w, standard_error=standard_error) for r, w in zip(rounds[1:], worst, strict=True)]
     return [rounds[0], *refits], train, largest_groups(train.y, train.group, 2)
+
+
+def _impure(seed, n=400):
+    """Inferred groups of a slice in which the minority is rare: half of those inferred as minority are typical."""
+    examples, group = _examples(n, 0.95, seed)
+    wrongly = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.05
+    attribute = torch.where(wrongly, 1 - group % 2, group % 2)
+    return examples._replace(group=2 * examples.y + attribute)
+
+
+def test_weight_of_atypical_examples_makes_up_for_impure_groups():
+    train, held_out = _impure(0), _impure(1)
+    test, test_group = _examples(4000, 0.5, 2)
+    typical = torch.tensor([0, 3])
+    rounds = remove_in_rounds(train, held_out, _head(train), num_classes=2, shares=(0.5,), typical=typical)
+    assert [r.weight for r in rounds[:5]] == [1, 1, 3, 10, 30]
+    worst = {r.weight: worst_group(r.head(test.features), test.y, test_group)[0] for r in rounds[1:5]}
+    assert max(worst[3], worst[10]) > worst[1] + 0.02
+    best = max(rounds[1:5], key=lambda r: r.worst)
+    assert rounds[5].weight == best.weight  # the masked rounds keep it
+    assert rounds[choose_round(rounds[:5], held_out, typical)] is best
+
+
+def test_without_atypical_examples_there_is_one_weight():
+    train, _ = _examples(200, 0.9, 0)
+    rounds = remove_in_rounds(train, train, _head(train), num_classes=2, shares=())
+    assert [r.weight for r in rounds] == [1, 1]
+    rounds = remove_in_rounds(train, train, _head(train), num_classes=2, shares=(), typical=torch.tensor([0, 0]))
+    assert [r.weight for r in rounds] == [1, 1]
+
+
+def test_of_equal_weights_the_smallest():
+    rounds, held_out, typical = _rounds((0.7, 0.5, 0.5))
+    heavier = [replace(r, share=0.0, weight=w, worst=0.7) for r, w in zip(rounds[1:], (1, 3, 10), strict=True)]
+    assert choose_round([rounds[0], *heavier], held_out, typical) == 1
 
 
 def test_masks_least_within_one_standard_error():
@@ -118,7 +155,7 @@ def test_atypical_examples_are_those_of_other_groups_than_the_typical_one():
     held_out, held_group = _examples(200, 0.5, 1)
     held_out, typical = held_out._replace(group=held_group), largest_groups(train.y, group, 2)
     by_group, swapped = (
-        remove_in_rounds(train, held_out, _head(train), num_classes=2, shares=(0.5,), typical=groups)[2]
+        remove_in_rounds(train, held_out, _head(train), num_classes=2, shares=(0.5,), typical=groups)[-1]
         for groups in (typical, torch.tensor([1, 2]))
     )
     assert float(by_group.gate[20:].mean()) == 0  # what misleads on the minority is the spurious half

@@ -260,11 +260,11 @@ class MemorizationRemover(Callback):
         """Step 1, before training and, if the probe is a poor one, once more when the network has learned something."""
         first, again, epoch = self.groups, self._looks_again, data.trainer.current_epoch
         found, positions = infer_groups_of_run(data, self.probe_layers, self.detect, self.use_groups, epoch)
-        self._looks_again = found.many_errors and not again
+        self._looks_again = found.open and not again
         if again and first is not None:
             found = second_look(first, found)
+            self._looks_again = found.open and not has_learned(data)
             if found is first:
-                self._looks_again = not has_learned(data)
                 positions = self._train_positions
         self.groups, self._train_positions = found, positions
         if found is not first:

@@ -12,8 +12,8 @@ from demem.groups.probe import ShortcutProbe
 from demem.groups.verdict import Kind, Verdict
 from demem.linear import balanced_weights, fit_linear
 
-MANY_ERRORS = 0.25  # × chance's error; a probe that makes more follows no shortcut, as a minority is small
-FEW_ERRORS = 0.15  # × chance's error; the same after an epoch, when the network knows more of the class itself
+MANY_ERRORS = 0.25  # × chance's error; a probe that makes more is not trusted with the transfer of known groups
+FEW_ERRORS = 0.15  # × chance's error; up to here mistakes count as a shortcut's without further evidence
 _KNOWN_L2 = 1e-2
 
 
@@ -77,7 +77,7 @@ class Groups:
 
     @property
     def many_errors(self) -> bool:
-        """Whether the probe makes too many mistakes to follow a shortcut, whose minority is small."""
+        """Whether the probe knows too little of the class to transfer known groups."""
         return self.error > MANY_ERRORS * _chance(self.num_classes)
 
     def without_shortcut(self) -> Groups:
@@ -87,13 +87,42 @@ class Groups:
         same = self.num_classes + 1
         return replace(self, shortcut=False, index=same * self.y, held_out=same * self.held_out_y)
 
-    def judged(self, verdict: Verdict) -> Groups:
-        """The same, overruled where a verdict on the probe's mistakes finds wrong labels.
+    @property
+    def few_errors(self) -> bool:
+        """Whether the probe's mistakes are so few that the inferred minority is small, whatever they are."""
+        return self.error <= FEW_ERRORS * _chance(self.num_classes)
 
-        Nothing else in a verdict takes a shortcut away: a layer that shows the class as well as the attribute makes the
-        probe less sure of the minority than of the rest, so few of its mistakes count as confident ones.
+    @property
+    def open(self) -> bool:
+        """Whether a later probe may still find a shortcut: this one found none, and no wrong labels, and makes more
+        than a few mistakes."""
+        if self.known:
+            return self.many_errors
+        return not self.shortcut and self.kind != "label noise" and not self.few_errors
+
+    def judged(self, verdict: Verdict) -> Groups:
+        """The same, with what a verdict on the probe's mistakes says.
+
+        ==============  =======================================  =====================================
+        verdict         mistakes that the probe is sure of       result
+        ==============  =======================================  =====================================
+        shortcut        at least a third                         shortcut
+        label noise     any                                      no shortcut
+        nothing         any                                      no shortcut
+        another         at least a third, and few mistakes       shortcut
+        another         otherwise                                no shortcut, and left :attr:`open`
+        ==============  =======================================  =====================================
+
+        A layer that shows the class as well as the attribute makes the probe less sure of the minority than of the
+        rest, so a verdict misses some shortcuts.  Few mistakes make a small minority, and little is lost if they were
+        merely hard; many that are not a shortcut's ruin what balancing them touches.  After an epoch of training a
+        network sides with some wrong labels, so that then the first line needs few mistakes, too.
         """
-        if self.shortcut and verdict.kind != "label noise":
+        if self.known:
+            return replace(self, why=verdict.why)
+        decided = verdict.kind == "shortcut" and self.epoch == 0
+        possible = verdict.kind not in ("label noise", "nothing") and self.few_errors
+        if self.shortcut and (decided or possible):
             return replace(self, kind="shortcut", why=verdict.why)
         kind = "hard examples" if verdict.kind == "shortcut" else verdict.kind  # of which the probe is not sure
         return replace(self.without_shortcut(), kind=kind, why=verdict.why)
@@ -162,17 +191,10 @@ def known_groups(
 
 
 def second_look(first: Groups, second: Groups) -> Groups:
-    """Decide between a probe made before training that makes many mistakes, and one made after an epoch.
+    """Decide between a probe made before training that left the question open, and one made after an epoch.
 
-    Once trained, a network leans on the shortcut itself and soon knows the class, so few mistakes are fewer then.
-
-    ====================================  ===========================================
-    mistakes of the second probe          what counts
-    ====================================  ===========================================
-    at most 0.15 × chance's               the second probe
-    more, but at most half the first's    no shortcut: both probes' mistakes were hard
-    more than half the first's            the first probe
-    ====================================  ===========================================
+    Once trained, a network leans on the shortcut itself and soon knows the class, so its mistakes are fewer: the second
+    probe counts.  Known groups are transferred by the first one, unless the second makes at most half its mistakes.
 
     Args:
         first: before training.
@@ -184,9 +206,9 @@ def second_look(first: Groups, second: Groups) -> Groups:
         >>> second_look(first, replace(first, error=0.05, epoch=1)).epoch
         1
     """
-    if second.error <= FEW_ERRORS * _chance(second.num_classes):
-        return second
-    return first if second.error > first.error / 2 else second.without_shortcut()
+    if second.known and not second.few_errors:
+        return first if second.error > first.error / 2 else second.without_shortcut()
+    return second
 
 
 def largest_groups(y: Tensor, group: Tensor, num_classes: int) -> Tensor:

@@ -65,8 +65,7 @@ THRESHOLD = 2.5  # standard errors, of each of the two tests
 EXCESS = 1.5  # times the confident mistakes that normal margins explain
 TAIL = 3.0  # times as many confident hard examples as normal margins explain are left out of the second test
 FEWEST = 5  # confident mistakes that must remain
-RESEMBLES = 0.05  # p up to which a mistake shows its label
-RIGHT_ANYWAY = 0.9  # of those: if an ordinary fit gets so many right, nothing misleads it
+RIGHT_ANYWAY = 0.9  # of the mistakes: if an ordinary fit gets so many right, nothing misleads it
 MIN_SURPRISE = 0.2  # nats above 1: so many examples make less significant that it means nothing
 FEW_MISTAKES = 0.01  # of all examples
 WIDTH, RIDGE, SMOOTHING, FITTED_ON = 256, 0.1, 0.1, 3_000
@@ -367,11 +366,6 @@ def null_probability(p: Tensor) -> Tensor:
     return (null_share(p) / torch.tensor(slopes, device=p.device)).clamp(max=1).to(p)[where]
 
 
-def _right_anyway(plain: Tensor, y: Tensor, rows: Tensor) -> bool:
-    right = (plain.argmax(1) == y)[rows].float()
-    return len(right) >= FEWEST and float(right.mean()) >= RIGHT_ANYWAY
-
-
 def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, quantile: float = CONFIDENT) -> Verdict:
     """Say what the mistakes of an early probe are.
 
@@ -382,8 +376,8 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
             balanced over the inferred groups and cross-fitted.
         y: ``(S,)`` class indices.
         plain: ``(S, C)`` scores of the same predictor without the groups' weights (:func:`second_opinion` with
-            ``attribute=y``).  Where it gets right what the probe gets wrong, a network will, too, and these are hard
-            examples.
+            ``attribute=y``).  Where it gets nine in ten of the probe's mistakes right, a network will, too: nothing
+            misleads it, and these are hard examples.
         quantile: see :func:`confident_answers`.
 
     Raises:
@@ -434,15 +428,20 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
 
     figures = f"{count} confident mistakes, {explained:.0f} if all were hard; z = {z:.1f} for their labels"
     kind: Kind
-    if error < FEW_MISTAKES and above < THRESHOLD:
+    harmless = (
+        plain is not None
+        and bool(mistake.any())
+        and float((plain.argmax(1) == y)[mistake].float().mean()) >= RIGHT_ANYWAY
+    )
+    if harmless:
+        kind, why, beyond = "nothing", "an ordinary fit gets right what the probe gets wrong", 0.0
+    elif error < FEW_MISTAKES and above < THRESHOLD:
         kind, why, beyond = "nothing", "the probe makes hardly any mistakes", THRESHOLD - above
     elif above < THRESHOLD or count < EXCESS * explained:
         kind, why = "hard examples", "the probe is unsure of its mistakes"
         beyond = max(THRESHOLD - above, (EXCESS * explained - count) / math.sqrt(max(explained, 1.0)))
     elif len(tested) < FEWEST:
         kind, why, beyond = "undecided", "hard examples may explain the mistakes that it is sure of", 0.0
-    elif plain is not None and _right_anyway(plain, y, sure & (p <= RESEMBLES)):
-        kind, why, beyond = "hard examples", "an ordinary fit gets right what the probe gets wrong", 0.0
     elif z >= max(THRESHOLD, MIN_SURPRISE * math.sqrt(len(tested))):
         kind, why = "shortcut", "the probe is sure of its mistakes and a second look sides with the labels"
         beyond = z - THRESHOLD

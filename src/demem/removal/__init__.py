@@ -29,6 +29,7 @@ from demem.removal.information import attribute_information, group_moments, info
 from demem.removal.interventions import apply, intervene, intervene_weights
 from demem.removal.rewind import Harm, balanced_losses, harm_scores, rewind, rewindable_sites
 from demem.removal.rounds import (
+    ATYPICAL_WEIGHTS,
     MASKED_SHARES,
     SMOOTHING,
     TRACED,
@@ -43,6 +44,7 @@ from demem.removal.rounds import (
 )
 
 __all__ = [
+    "ATYPICAL_WEIGHTS",
     "MASKED_SHARES",
     "SMOOTHING",
     "TRACED",

@@ -14,6 +14,7 @@ from torch import Tensor
 from demem.linear import LinearHead, balanced_weights, crossfit, fit_balanced, fit_linear
 from demem.tracing import atypical_by_margin, linear_score, margins
 
+ATYPICAL_WEIGHTS = (1.0, 3.0, 10.0, 30.0)
 MASKED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.86, 0.9)
 # Keeps a group of a handful of examples (label noise) from ruling a balanced fit.
 SMOOTHING = 0.02
@@ -39,6 +40,7 @@ class RoundRecord:
     Attributes:
         refitted: whether the head was refitted; not so for the network as trained.
         share: fraction of the units that are masked.
+        weight: of an atypical example in the refit, where a typical one weighs 1.
         worst: cross-fitted accuracy on the worst (true or inferred) group of the held-out examples, a fraction.
         chosen: whether this round was kept.
     """
@@ -47,9 +49,11 @@ class RoundRecord:
     share: float
     worst: float
     chosen: bool
+    weight: float = 1.0
 
     def __repr__(self) -> str:
-        head = f"head refitted, {self.share:.0%} of its inputs masked" if self.refitted else "as trained"
+        refit = f"head refitted, atypical examples weighing {self.weight:g}, {self.share:.0%} of its inputs masked"
+        head = refit if self.refitted else "as trained"
         return f"RoundRecord({head}: worst group {self.worst:.3f}{', kept' * self.chosen})"
 
 
@@ -59,6 +63,7 @@ class Round:
 
     Attributes:
         share: of the units that are masked.
+        weight: of an atypical example in the refit.
         gate: ``(N,)``, 0 for a masked unit and 1 for a kept one.
         score: ``(N,)`` memorization score of every unit, measured before this round's mask; zeros in round 0.
         right: ``(S,)`` whether a head that was fitted without it classifies each held-out example rightly.
@@ -68,6 +73,7 @@ class Round:
     """
 
     share: float
+    weight: float
     gate: Tensor
     score: Tensor
     right: Tensor
@@ -76,11 +82,14 @@ class Round:
     refit: Callable[[], LinearHead]
 
     def __repr__(self) -> str:
-        return f"Round({self.share:.0%} of the head's inputs masked: worst group {self.worst:.3f})"
+        return (
+            f"Round({self.share:.0%} of the head's inputs masked, atypical examples weighing {self.weight:g}: worst group "
+            f"{self.worst:.3f})"
+        )
 
     def record(self, chosen: bool, refitted: bool) -> RoundRecord:
         """What to keep of the round."""
-        return RoundRecord(refitted, self.share, self.worst, chosen)
+        return RoundRecord(refitted, self.share, self.worst, chosen, self.weight)
 
     @cached_property
     def head(self) -> LinearHead:
@@ -95,13 +104,18 @@ def remove_in_rounds(
     *,
     num_classes: int,
     shares: Sequence[float] = MASKED_SHARES,
+    weights: Sequence[float] = ATYPICAL_WEIGHTS,
     typical: Tensor | None = None,
     atypical_share: float = 0.2,
     l2: float = 1e-3,
 ) -> list[Round]:
-    r"""Trace, mask, refit; with more units masked every round.
+    r"""Refit; then trace, mask, refit, with more units masked every round.
 
-    Each round scores the units by their impact on the atypical held-out examples under a head that was fitted on the
+    The first rounds refit the head with nothing masked, and atypical held-out examples weigh more from round to round:
+    inferred groups are not pure, so that those that are drawn in equal numbers may still hold more typical examples.
+    Of the weights the one with the best cross-fitted accuracy on the worst group stays, the smallest of equals.
+
+    Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on the
     *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
     highest-scoring share, units masked before included, and refits.  The atypical examples are chosen once, before the
     first mask.  The head that is kept is fitted on the held-out examples, group by group in equal numbers
@@ -114,13 +128,14 @@ def remove_in_rounds(
         trained: its head.
         num_classes: number of classes.
         shares: of the units to mask, growing, each in (0, 1).
+        weights: of an atypical example in the refit, where a typical one weighs 1; growing.
         typical: ``(C,)`` the typical group of each class (:func:`demem.groups.largest_groups`); held-out examples of
             other groups are atypical.  Without it, and where a class has no others, those with the lowest margins are.
         atypical_share: of each class, by margin.
         l2: see :func:`demem.linear.fit_linear`.
 
     Returns:
-        The network as trained, then a refit with nothing masked, then one a share.
+        The network as trained, then a refit for each weight with nothing masked, then one a share.
 
     Raises:
         ValueError: shares do not grow or are outside (0, 1); a class is absent from the held-out examples; features
@@ -130,8 +145,9 @@ def remove_in_rounds(
         >>> y = torch.arange(80) % 2
         >>> examples = Examples(y[:, None] + 0.1 * torch.randn(80, 4), y, y)
         >>> trained = LinearHead(torch.zeros(2, 4), torch.zeros(2))
-        >>> [round_.share for round_ in remove_in_rounds(examples, examples, trained, num_classes=2, shares=(0.5,))]
-        [0.0, 0.0, 0.5]
+        >>> rounds = remove_in_rounds(examples, examples, trained, num_classes=2, shares=(0.5,))
+        >>> [(round_.share, round_.weight) for round_ in rounds]  # nothing is known of atypical examples
+        [(0.0, 1.0), (0.0, 1.0), (0.5, 1.0)]
     """
     check_shares(shares)
     missing = sorted(set(range(num_classes)) - set(held_out.y.tolist()))
@@ -140,28 +156,29 @@ def remove_in_rounds(
             f"The held-out examples have none of class {missing}. Units cannot be traced for a class that is not "
             "there: use a validation set with every class."
         )
-    width = train.features.shape[1]
-    weights = balanced_weights(train.group, SMOOTHING)
+    width, even = train.features.shape[1], balanced_weights(train.group, SMOOTHING)
     gate, score = torch.ones(width, device=train.features.device), torch.zeros(width, device=train.features.device)
     right = trained(held_out.features).argmax(1) == held_out.y
-    rounds = [Round(0.0, gate, score, right, *_worst(right, held_out.group), lambda: trained)]
-    traced: LinearHead | None = None
-    atypical: Tensor | None = None
-    for share in (0.0, *shares):
-        if traced is not None and atypical is not None:
-            logits = traced(held_out.features)
-            score = linear_score(held_out.features, traced.weight, held_out.y, atypical, logits=logits)
-            order = torch.where(gate == 0, torch.inf, score).sort(descending=True, stable=True).indices
-            gate = torch.ones_like(gate)
-            gate[order[: round(share * width)]] = 0
-        traced = fit_linear(train.features * gate, train.y, weights, l2, num_classes)
-        if atypical is None:
-            if typical is not None:
-                atypical = _atypical(held_out, typical)
-            if atypical is None or len(set(held_out.y[atypical].tolist())) < num_classes:
-                logits = traced(held_out.features)
-                atypical = atypical_by_margin(margins(logits, held_out.y), held_out.y, atypical_share, num_classes)
-        rounds.append(_judge(share, gate, score, held_out, l2, num_classes))
+    rounds = [Round(0.0, 1.0, gate, score, right, *_worst(right, held_out.group), lambda: trained)]
+    atypical = None if typical is None else _atypical(held_out, typical)
+    heavier = weights if atypical is not None and bool(atypical.any()) else weights[:1]
+    for weight in heavier:
+        rounds.append(_judge(0.0, float(weight), gate, score, held_out, atypical, l2, num_classes))
+    weight = max(rounds[1:], key=lambda round_: round_.worst).weight  # the first, and smallest, of equals
+    traced = fit_linear(train.features, train.y, even, l2, num_classes)
+    seen = atypical
+    if seen is None or len(set(held_out.y[seen].tolist())) < num_classes:
+        seen = atypical_by_margin(
+            margins(traced(held_out.features), held_out.y), held_out.y, atypical_share, num_classes
+        )
+    for share in shares:
+        logits = traced(held_out.features)
+        score = linear_score(held_out.features, traced.weight, held_out.y, seen, logits=logits)
+        order = torch.where(gate == 0, torch.inf, score).sort(descending=True, stable=True).indices
+        gate = torch.ones_like(gate)
+        gate[order[: round(share * width)]] = 0
+        traced = fit_linear(train.features * gate, train.y, even, l2, num_classes)
+        rounds.append(_judge(share, weight, gate, score, held_out, atypical, l2, num_classes))
     return rounds
 
 
@@ -214,9 +231,9 @@ def choose_round(
 ) -> int:
     """Index of the round to keep.
 
-    Of the refits it is the first whose worst-group accuracy on held-out examples is within ``tolerance`` standard
-    errors of the best: where a small set cannot distinguish rounds, the smaller mask is kept (the one-standard-error
-    rule of Breiman et al. 1984).
+    Of the refits with nothing masked it is the one with the best worst-group accuracy on held-out examples, and one
+    with units masked only where that is worse by more than ``tolerance`` standard errors than the best of all: where a
+    small set cannot distinguish rounds, the smaller mask is kept (the one-standard-error rule of Breiman et al. 1984).
 
     The network stays as trained (index 0) where the refit has nothing new to go by and is not clearly better
     (:func:`clearly_better`, over the typical and the atypical examples of each class): the groups are unknown, or the
@@ -239,7 +256,10 @@ def choose_round(
         1
     """
     best = max(rounds[1:], key=lambda r: r.worst)
-    refit = next(i for i, r in enumerate(rounds) if i > 0 and r.worst >= best.worst - tolerance * best.standard_error)
+    enough = best.worst - tolerance * best.standard_error
+    candidates = [i for i, r in enumerate(rounds) if i > 0 and r.worst >= enough]
+    smallest = min(rounds[i].share for i in candidates)
+    refit = max((i for i in candidates if rounds[i].share == smallest), key=lambda i: rounds[i].worst)
     atypical = _atypical(held_out, typical)
     sizes = torch.bincount(held_out.group[atypical])
     sizes = sizes[sizes > 0].float()
@@ -281,14 +301,25 @@ def _standard_error(accuracy: float, count: int) -> float:
     return float((p * (1 - p) / (count + 4)) ** 0.5)
 
 
-def _judge(share: float, gate: Tensor, score: Tensor, held_out: Examples, l2: float, num_classes: int) -> Round:
+def _judge(
+    share: float,
+    weight: float,
+    gate: Tensor,
+    score: Tensor,
+    held_out: Examples,
+    atypical: Tensor | None,
+    l2: float,
+    num_classes: int,
+) -> Round:
     x, y, group = held_out.features * gate, held_out.y, held_out.group
+    weights = None if atypical is None or weight == 1 else torch.where(atypical, weight, 1.0)
 
     def fit(used: Tensor) -> LinearHead:
-        return fit_balanced(x[used], y[used], group[used], l2, num_classes, subsets=JUDGED_SUBSETS)
+        some = None if weights is None else weights[used]
+        return fit_balanced(x[used], y[used], group[used], l2, num_classes, subsets=JUDGED_SUBSETS, weights=some)
 
     def refit() -> LinearHead:  # masks anew: a masked copy of the features for each round would be much to keep
-        return fit_balanced(held_out.features * gate, y, group, l2, num_classes)
+        return fit_balanced(held_out.features * gate, y, group, l2, num_classes, weights=weights)
 
     right = crossfit(x, y, fit, num_classes, group=group).argmax(1) == y
-    return Round(share, gate, score, right, *_worst(right, group), refit)
+    return Round(share, weight, gate, score, right, *_worst(right, group), refit)

@@ -34,9 +34,8 @@ def infer_groups_of_run(
 ) -> tuple[Groups, Tensor]:
     """Probe the layers on the training examples, and give these and the held-out examples a group.
 
-    Where there are more than 20,000 training examples, the layer is chosen on that many, and then read of all.  Before
-    training, what the probe gets wrong is judged on 2,000 of them (:func:`demem.groups.judge`): a network that has
-    trained on wrong labels would side with them.
+    Where there are more than 20,000 training examples, the layer is chosen on that many, and then read of all.  What the
+    probe gets wrong is judged on 2,000 of them (:func:`demem.groups.judge`).
 
     Args:
         data: of the run.
@@ -54,7 +53,7 @@ def infer_groups_of_run(
             or as :meth:`demem.run.Split.read`.
     """
     what, classes, optional = "finding the shortcut", data.num_classes, layers is None
-    sites, judged = _sites(data, layers), epoch == 0 and not use_groups
+    sites, judged = _sites(data, layers), not use_groups
     first = data.train.read(sites, what, sketches=judged, optional=optional, limit=CHOSEN_ON)
     probe, train, site = _probe(data, first, sites, detect, optional, what)
     held_out = data.held_out.read([site], what, optional=optional)
@@ -84,7 +83,8 @@ def _verdict(probe: ShortcutProbe, first: Rows, train: Rows, num_classes: int) -
     here = torch.searchsorted(train.position, first.position[some])
     early, y = probe.logits[here], first.y[some]
     features = [rows[some] for layers in (first.activations, first.sketches) for rows in layers.values()]
-    return judge(early, second_opinion(features, y, early.argmax(1), num_classes), y)
+    balanced, plain = (second_opinion(features, y, attribute, num_classes) for attribute in (early.argmax(1), y))
+    return judge(early, balanced, y, plain)
 
 
 def describe_groups(groups: Groups, looks_again: bool = False, rebalance: bool = True) -> str:
