@@ -114,7 +114,7 @@ def test_unsure_mistakes_are_hard_examples_though_a_second_look_sides_with_the_l
 
 def test_hard_examples_do_not_turn_wrong_labels_into_a_shortcut():
     verdict = Made(noise=0.05, hard=0.12).judge()
-    assert verdict.kind == "label noise"  # the confident ones among the hard examples look like their labels
+    assert verdict.kind == "undecided"  # the confident ones among the hard examples look like their labels
     assert verdict.surprise > 1.2
 
 

@@ -120,6 +120,7 @@ class MemorizationRemover(Callback):
         self.fine_tuned_on = 0
         self._train_positions = torch.empty(0, dtype=torch.long)  # of the examples that have a group
         self._looks_again = False  # the first probe is a poor one, and the second is still to come
+        self._judged_on: Sequence[Tensor] = ()  # features before training; not kept in checkpoints
         self._removed_at_step = -1
         self._written: Tensor | None = None  # the head's weight after step 4, on the CPU
         self._fresh = True  # no epoch of this fit has begun
@@ -259,7 +260,10 @@ class MemorizationRemover(Callback):
     def _look(self, data: RunData) -> None:
         """Step 1, before training and, if the probe is a poor one, once more when the network has learned something."""
         first, again, epoch = self.groups, self._looks_again, data.trainer.current_epoch
-        found, positions = infer_groups_of_run(data, self.probe_layers, self.detect, self.use_groups, epoch)
+        before = self._judged_on if again else ()
+        found, positions, self._judged_on = infer_groups_of_run(
+            data, self.probe_layers, self.detect, self.use_groups, epoch, before
+        )
         self._looks_again = found.open and not again
         if again and first is not None:
             found = second_look(first, found)
@@ -267,6 +271,8 @@ class MemorizationRemover(Callback):
             if found is first:
                 positions = self._train_positions
         self.groups, self._train_positions = found, positions
+        if not self._looks_again:
+            self._judged_on = ()
         if found is not first:
             rank_zero_info(describe_groups(found, self._looks_again, self.rebalance))
 

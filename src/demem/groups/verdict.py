@@ -366,6 +366,11 @@ def null_probability(p: Tensor) -> Tensor:
     return (null_share(p) / torch.tensor(slopes, device=p.device)).clamp(max=1).to(p)[where]
 
 
+def _surprise(p: Tensor) -> float:
+    """Fisher's combination of p-values, in standard errors above its mean."""
+    return float((-p.log() - 1).sum()) / math.sqrt(max(1, len(p)))
+
+
 def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, quantile: float = CONFIDENT) -> Verdict:
     """Say what the mistakes of an early probe are.
 
@@ -417,8 +422,9 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
     # 2. Of the systematic ones, how many look like their label?  Hard ones do, too, and real margins have heavier tails
     # than normal ones: the smallest p are left out, three times as many as hard examples explain.
     hard_and_sure = confident_hard_share(hard, quantile) * size
-    tested = p[sure].sort().values[math.ceil(TAIL * hard_and_sure) :]
-    z = float((-tested.log() - 1).sum()) / math.sqrt(max(1, len(tested)))
+    ordered = p[sure].sort().values
+    tested = ordered[math.ceil(TAIL * hard_and_sure) :]
+    z, z_of_all = _surprise(tested), _surprise(ordered)
     recovered = (1 - null_share(p[sure])) * count - hard_and_sure
     minority = systematic * max(0.0, recovered) / max(count, 1)
     wrong_label = torch.zeros(size, device=y.device)
@@ -428,12 +434,8 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
 
     figures = f"{count} confident mistakes, {explained:.0f} if all were hard; z = {z:.1f} for their labels"
     kind: Kind
-    harmless = (
-        plain is not None
-        and bool(mistake.any())
-        and float((plain.argmax(1) == y)[mistake].float().mean()) >= RIGHT_ANYWAY
-    )
-    if harmless:
+    anyway = 0.0 if plain is None else float((plain.argmax(1) == y)[mistake].float().mean())  # NaN without mistakes
+    if anyway >= RIGHT_ANYWAY:
         kind, why, beyond = "nothing", "an ordinary fit gets right what the probe gets wrong", 0.0
     elif error < FEW_MISTAKES and above < THRESHOLD:
         kind, why, beyond = "nothing", "the probe makes hardly any mistakes", THRESHOLD - above
@@ -445,7 +447,7 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
     elif z >= max(THRESHOLD, MIN_SURPRISE * math.sqrt(len(tested))):
         kind, why = "shortcut", "the probe is sure of its mistakes and a second look sides with the labels"
         beyond = z - THRESHOLD
-    elif z >= THRESHOLD / 2:
+    elif z >= THRESHOLD / 2 or z_of_all >= THRESHOLD:
         kind, why, beyond = "undecided", "a second look sides with the labels, but not clearly", 0.0
     else:
         kind, why = "label noise", "the probe is sure of its mistakes and a second look agrees with it"

@@ -238,7 +238,7 @@ def choose_round(
     The network stays as trained (index 0) where the refit has nothing new to go by and is not clearly better
     (:func:`clearly_better`, over the typical and the atypical examples of each class): the groups are unknown, or the
     atypical examples of a class are fewer than two, or spread over several groups, most of which have fewer than 5, as
-    where many classes share few held-out examples.
+    where many classes share few held-out examples.  Where the groups are unknown, no class may lose by it, either.
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -267,7 +267,9 @@ def choose_round(
     fewest = int(torch.bincount(held_out.y[atypical], minlength=len(typical)).min())
     if groups_known and fewest >= FEWEST_ATYPICAL and not scattered:
         return refit
-    return refit if clearly_better(rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical) else 0
+    new, old, cell = rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical
+    loses = any(int(new[cell == k].sum()) < int(old[cell == k].sum()) for k in cell.unique().tolist())
+    return refit if clearly_better(new, old, cell) and (groups_known or not loses) else 0
 
 
 def _judged(group: Tensor) -> list[int]:

@@ -30,8 +30,13 @@ Detect = Callable[[Mapping[str, Tensor], Tensor, int], ShortcutProbe]
 
 
 def infer_groups_of_run(
-    data: RunData, layers: str | Sequence[str] | None, detect: Detect, use_groups: bool, epoch: int
-) -> tuple[Groups, Tensor]:
+    data: RunData,
+    layers: str | Sequence[str] | None,
+    detect: Detect,
+    use_groups: bool,
+    epoch: int,
+    before: Sequence[Tensor] = (),
+) -> tuple[Groups, Tensor, list[Tensor]]:
     """Probe the layers on the training examples, and give these and the held-out examples a group.
 
     Where there are more than 20,000 training examples, the layer is chosen on that many, and then read of all.  What the
@@ -44,25 +49,33 @@ def infer_groups_of_run(
         detect: gives the probe for ``{site: (S, N)}``, classes and their number, as :func:`demem.groups.find_shortcut`.
         use_groups: the true groups of the held-out examples are used.
         epoch: epochs of training that went before.
+        before: the features that were judged on before training, as the first call returned them.  A network that has
+            trained on wrong labels sides with them, and one that has learned a shortcut no longer shows the class.
 
     Returns:
-        the groups, the same on all processes, and positions ``(S,)`` of the training examples in their data set.
+        the groups, the same on all processes, positions ``(S,)`` of the training examples in their data set, and the
+        features that were judged on.
 
     Raises:
         ValueError: labels out of range, a class with fewer than two examples, groups asked for but not in the batches,
             or as :meth:`demem.run.Split.read`.
     """
     what, classes, optional = "finding the shortcut", data.num_classes, layers is None
-    sites, judged = _sites(data, layers), not use_groups
-    first = data.train.read(sites, what, sketches=judged, optional=optional, limit=CHOSEN_ON)
+    sites = _sites(data, layers)
+    first = data.train.read(sites, what, sketches=not (use_groups or before), optional=optional, limit=CHOSEN_ON)
     probe, train, site = _probe(data, first, sites, detect, optional, what)
     held_out = data.held_out.read([site], what, optional=optional)
     check_classes(held_out.y, classes, "validation")
     features = held_out.activations[site.name]
+    judged_on: list[Tensor] = []
     if not use_groups:
         groups = infer_groups(probe, train.y, features, held_out.y, epoch)
-        verdict = _verdict(probe, first, train, classes) if judged else None
-        groups = groups if verdict is None else groups.judged(verdict)
+        some = _some(first, classes)
+        if len(some):
+            seen = [*first.activations.values(), *first.sketches.values()]
+            judged_on = list(before) or [rows[some] for rows in seen]
+            here = torch.searchsorted(train.position, first.position[some])
+            groups = groups.judged(_verdict(probe.logits[here], judged_on, first.y[some], classes))
     elif held_out.group is None:
         raise ValueError(
             "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set use_groups=False."
@@ -70,19 +83,17 @@ def infer_groups_of_run(
     else:
         groups = known_groups(probe, train.activations[site.name], train.y, features, held_out.y, held_out.group, epoch)
     # What follows from the groups must be the same on all processes, and rounding differs between devices.
-    return data.trainer.strategy.broadcast(groups), train.position.cpu()
+    return data.trainer.strategy.broadcast(groups), train.position.cpu(), judged_on
 
 
-def _verdict(probe: ShortcutProbe, first: Rows, train: Rows, num_classes: int) -> Verdict | None:
-    """The verdict on what the probe of the training examples gets wrong, by what all layers show of the first ones;
-    ``None`` if no class has two of these."""
-    some = evenly_spaced(torch.arange(len(first)), JUDGED_ON).to(first.y.device)
-    some = some[torch.bincount(first.y[some])[first.y[some]] >= 2]
-    if not len(some):
-        return None
-    here = torch.searchsorted(train.position, first.position[some])
-    early, y = probe.logits[here], first.y[some]
-    features = [rows[some] for layers in (first.activations, first.sketches) for rows in layers.values()]
+def _some(rows: Rows, num_classes: int) -> Tensor:
+    """Indices of the examples that are judged: 2,000 evenly spaced, of classes with two of them."""
+    some = evenly_spaced(torch.arange(len(rows)), JUDGED_ON).to(rows.y.device)
+    return some[torch.bincount(rows.y[some], minlength=num_classes)[rows.y[some]] >= 2]
+
+
+def _verdict(early: Tensor, features: Sequence[Tensor], y: Tensor, num_classes: int) -> Verdict:
+    """The verdict on what the probe gets wrong of some examples, by what all layers showed of them."""
     balanced, plain = (second_opinion(features, y, attribute, num_classes) for attribute in (early.argmax(1), y))
     return judge(early, balanced, y, plain)
 
