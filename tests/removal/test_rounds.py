@@ -82,12 +82,18 @@ def test_weight_of_atypical_examples_makes_up_for_impure_groups():
     assert rounds[choose_round(rounds[:5], held_out, typical)] is best
 
 
-def test_without_atypical_examples_there_is_one_weight():
+def test_without_enough_atypical_examples_there_is_one_weight():
     train, _ = _examples(200, 0.9, 0)
     rounds = remove_in_rounds(train, train, _head(train), num_classes=2, shares=())
     assert [r.weight for r in rounds] == [1, 1]
-    rounds = remove_in_rounds(train, train, _head(train), num_classes=2, shares=(), typical=torch.tensor([0, 0]))
-    assert [r.weight for r in rounds] == [1, 1]
+    for atypical, weights in ((9, [1, 1]), (10, [1, 1, 3, 10, 30])):
+        group = train.y.clone()
+        for c in (0, 1):
+            group[(train.y == c).nonzero()[:atypical, 0]] = 2 + c
+        rounds = remove_in_rounds(
+            train, train._replace(group=group), _head(train), num_classes=2, shares=(), typical=torch.tensor([0, 1])
+        )
+        assert [r.weight for r in rounds] == weights
 
 
 def test_of_equal_weights_the_smallest():

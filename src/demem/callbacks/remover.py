@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,22 +15,27 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from demem.groups import Groups, ShortcutProbe, find_shortcut, second_look
-from demem.removal import MASKED_SHARES, Examples, Round, RoundRecord, check_shares, choose_round
+from demem.removal import ATYPICAL_WEIGHTS, MASKED_SHARES, Examples, Round, RoundRecord, check_shares, choose_round
 from demem.run import (
     RunData,
+    changed_parameters,
     check_head,
     describe_groups,
     describe_rounds,
     has_learned,
     infer_groups_of_run,
     is_dry_run,
+    is_fit_validation,
     is_last_step,
     kept_checkpoints,
     read_examples,
     rebalance,
+    refit_for_now,
     remove_and_refit,
     restored_on_failure,
     resumed_within_epoch,
+    write_head,
+    write_parameters,
 )
 from demem.sites import bake_gates, find_head
 
@@ -56,6 +62,11 @@ class MemorizationRemover(Callback):
        (:func:`demem.removal.choose_round`).
     4. *Unless it stayed as trained* the whole network is fine-tuned on a balanced subset of the held-out examples, if
        there are enough (:func:`demem.removal.fine_tune`).
+
+    *Every validation and every checkpoint* in between sees a cured network, too: before a validation the head is
+    refitted as in step 3, without masks, and the next training step puts the trained one back.  A checkpoint keeps what
+    training goes on from.  Each validation logs ``val/worst_inferred_group_acc``, the cross-fitted accuracy on the
+    worst inferred group, to monitor without group labels.
 
     Where another callback writes its own weights when training ends (averaged ones, or the best epoch's), steps 3 and 4
     are done again, on those.  The refitted head has the weight 0 at masked units; nothing of demem is in the network.
@@ -122,6 +133,10 @@ class MemorizationRemover(Callback):
         self._looks_again = False  # the first probe is a poor one, and the second is still to come
         self._judged_on: Sequence[Tensor] = ()  # features before training; not kept in checkpoints
         self._removed_at_step = -1
+        self._trained: dict[str, Tensor] = {}  # what training goes on from, of the parameters that hold the cure
+        self._refits = True  # no refit before a validation has failed
+        self._weight = 0.0  # of atypical examples in those refits, once it is chosen
+        self._worst = math.nan
         self._written: Tensor | None = None  # the head's weight after step 4, on the CPU
         self._fresh = True  # no epoch of this fit has begun
         self._earlier: dict[str, float] = {}  # checkpoint files from before the removal
@@ -140,6 +155,7 @@ class MemorizationRemover(Callback):
             "rounds": [asdict(record) for record in self.rounds],
             "fine_tuned_on": self.fine_tuned_on,
             "removed_at_step": self._removed_at_step,
+            "trained": self._trained,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,6 +166,7 @@ class MemorizationRemover(Callback):
         self.rounds = [RoundRecord(**record) for record in state_dict["rounds"]]
         self.fine_tuned_on = int(state_dict["fine_tuned_on"])
         self._removed_at_step = int(state_dict["removed_at_step"])
+        self._trained = dict(state_dict["trained"])
 
     def detect(self, features: Mapping[str, Tensor], y: Tensor, num_classes: int) -> ShortcutProbe:
         """Probe layers ``{site: (S, N)}`` of the training examples, shallow ones first, for the class ``(S,)``.
@@ -179,7 +196,7 @@ class MemorizationRemover(Callback):
         if is_dry_run(trainer):
             return
         if trainer.global_step == 0 or self.groups is None:  # not resumed
-            self.groups, self._looks_again, self._removed_at_step = None, False, -1
+            self.groups, self._looks_again, self._removed_at_step, self._trained = None, False, -1, {}
             check_head(trainer, pl_module, data.head_name, data.head)
             self._look(data)
         if self.groups is not None and (trainer.global_step > 0 or not data.is_stable):  # rather than after training
@@ -191,10 +208,25 @@ class MemorizationRemover(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_dry_run(trainer):
             return
+        self._go_on(pl_module)
         data = self._data(trainer, pl_module)
         if self._looks_again and self.groups is not None and trainer.current_epoch > self.groups.epoch:
             self._look(data)
         self._rebalance(data)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._go_on(pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.groups is None or not is_fit_validation(trainer) or is_dry_run(trainer):
+            return
+        if self._removed_at_step != trainer.global_step and self._refits:
+            with torch.inference_mode(False):
+                self._refit_for_now(self._data(trainer, pl_module))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if is_fit_validation(trainer) and not math.isnan(self._worst):
+            pl_module.log("val/worst_inferred_group_acc", self._worst, sync_dist=True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -246,6 +278,7 @@ class MemorizationRemover(Callback):
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._go_on(pl_module)
         self._restore_sampler()
 
     # What
@@ -256,6 +289,24 @@ class MemorizationRemover(Callback):
     @property
     def _refitted(self) -> bool:
         return any(record.chosen and record.refitted for record in self.rounds)
+
+    def _go_on(self, pl_module: pl.LightningModule) -> None:
+        """Put back the parameters that training goes on from."""
+        write_parameters(pl_module, self._trained)
+        self._trained = {}
+
+    def _refit_for_now(self, data: RunData) -> None:
+        """Put a refitted head in the network until the next training step."""
+        assert self.groups is not None
+        self._go_on(data.pl_module)
+        weights = [self._weight] if self._weight else ATYPICAL_WEIGHTS
+        with restored_on_failure(data.pl_module, "has no refitted head in validations and their checkpoints") as before:
+            self._refits = False
+            head, record = refit_for_now(data, self.groups, self.choose, weights)
+            self._weight, self._worst, self._refits = record.weight if head else 0.0, record.worst, True
+            if head is not None:
+                write_head(data.head, head)
+                self._trained = changed_parameters(data.pl_module, before)
 
     def _look(self, data: RunData) -> None:
         """Step 1, before training and, if the probe is a poor one, once more when the network has learned something."""
@@ -295,11 +346,14 @@ class MemorizationRemover(Callback):
         self.rounds, self.fine_tuned_on = [], 0
         if self.groups is None:  # training was over before it began
             return
-        with restored_on_failure(data.pl_module):
+        self._go_on(data.pl_module)
+        with restored_on_failure(data.pl_module) as before:
             self.rounds, self.fine_tuned_on = remove_and_refit(
                 data, self.groups, self._train_positions, self.choose, self.shares, self.fine_tune, self.seed
             )
             rank_zero_info(describe_rounds(self.rounds, self.fine_tuned_on))
+            self._trained = changed_parameters(data.pl_module, before)
+            self._worst = next(record.worst for record in self.rounds if record.chosen)
         self._removed_at_step = data.trainer.global_step
         self._earlier = kept_checkpoints(data.trainer)
         self._unseen = True

@@ -21,6 +21,7 @@ SMOOTHING = 0.02
 TRACED = 500  # training examples of each group that units and heads are traced on, where there are more
 JUDGED_SUBSETS = 5  # for each of the heads that only judge a round
 FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
+FEWEST_WEIGHED = 10  # atypical examples of a class; fewer do not say how much more they should weigh
 FEWEST_ATYPICAL = 2  # examples of a class; a head balanced on fewer follows chance
 ONE_SIDED = 1.645  # standard errors: 5%
 
@@ -70,6 +71,7 @@ class Round:
         worst: their accuracy on the worst (true or inferred) group.
         standard_error: of ``worst``.
         refit: gives the round's head.
+        fold_heads: those that ``right`` comes from; none of the network as trained.
     """
 
     share: float
@@ -80,12 +82,11 @@ class Round:
     worst: float
     standard_error: float
     refit: Callable[[], LinearHead]
+    fold_heads: Sequence[LinearHead] = ()
 
     def __repr__(self) -> str:
-        return (
-            f"Round({self.share:.0%} of the head's inputs masked, atypical examples weighing {self.weight:g}: worst group "
-            f"{self.worst:.3f})"
-        )
+        what = f"{self.share:.0%} of the head's inputs masked, atypical examples weighing {self.weight:g}"
+        return f"Round({what}: worst group {self.worst:.3f})"
 
     def record(self, chosen: bool, refitted: bool) -> RoundRecord:
         """What to keep of the round."""
@@ -95,6 +96,12 @@ class Round:
     def head(self) -> LinearHead:
         """Refitted on the kept units (weight 0 on the masked ones); at the first look, as most rounds are not kept."""
         return self.refit()
+
+    @property
+    def quick_head(self) -> LinearHead:
+        """The mean of the folds' heads, which are there already: a refit for a network that trains on."""
+        weights, biases = zip(*(self.fold_heads or [self.head]), strict=True)
+        return LinearHead(torch.stack(weights).mean(0), torch.stack(biases).mean(0))
 
 
 def remove_in_rounds(
@@ -113,10 +120,11 @@ def remove_in_rounds(
 
     The first rounds refit the head with nothing masked, and atypical held-out examples weigh more from round to round:
     inferred groups are not pure, so that those that are drawn in equal numbers may still hold more typical examples.
-    Of the weights the one with the best cross-fitted accuracy on the worst group stays, the smallest of equals.
+    Of the weights the one with the best cross-fitted accuracy on the worst group stays, the smallest of equals.  Where a
+    class has fewer than 10 atypical examples there is one weight.
 
-    Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on the
-    *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
+    Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
+    the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
     highest-scoring share, units masked before included, and refits.  The atypical examples are chosen once, before the
     first mask.  The head that is kept is fitted on the held-out examples, group by group in equal numbers
     (:func:`demem.linear.fit_balanced`): the training examples are fitted already, minority and all, and say little
@@ -156,21 +164,22 @@ def remove_in_rounds(
             f"The held-out examples have none of class {missing}. Units cannot be traced for a class that is not "
             "there: use a validation set with every class."
         )
-    width, even = train.features.shape[1], balanced_weights(train.group, SMOOTHING)
-    gate, score = torch.ones(width, device=train.features.device), torch.zeros(width, device=train.features.device)
-    right = trained(held_out.features).argmax(1) == held_out.y
-    rounds = [Round(0.0, 1.0, gate, score, right, *_worst(right, held_out.group), lambda: trained)]
+    rounds = [as_trained(held_out, trained)]
+    gate, score, width = rounds[0].gate, rounds[0].score, len(rounds[0].gate)
     atypical = None if typical is None else _atypical(held_out, typical)
-    heavier = weights if atypical is not None and bool(atypical.any()) else weights[:1]
+    fewest = 0 if atypical is None else int(torch.bincount(held_out.y[atypical], minlength=num_classes).min())
+    heavier = weights if fewest >= FEWEST_WEIGHED else weights[:1]
     for weight in heavier:
         rounds.append(_judge(0.0, float(weight), gate, score, held_out, atypical, l2, num_classes))
     weight = max(rounds[1:], key=lambda round_: round_.worst).weight  # the first, and smallest, of equals
+    if not shares:
+        return rounds
+    even = balanced_weights(train.group, SMOOTHING)
     traced = fit_linear(train.features, train.y, even, l2, num_classes)
     seen = atypical
     if seen is None or len(set(held_out.y[seen].tolist())) < num_classes:
-        seen = atypical_by_margin(
-            margins(traced(held_out.features), held_out.y), held_out.y, atypical_share, num_classes
-        )
+        margin = margins(traced(held_out.features), held_out.y)
+        seen = atypical_by_margin(margin, held_out.y, atypical_share, num_classes)
     for share in shares:
         logits = traced(held_out.features)
         score = linear_score(held_out.features, traced.weight, held_out.y, seen, logits=logits)
@@ -180,6 +189,23 @@ def remove_in_rounds(
         traced = fit_linear(train.features * gate, train.y, even, l2, num_classes)
         rounds.append(_judge(share, weight, gate, score, held_out, atypical, l2, num_classes))
     return rounds
+
+
+def as_trained(held_out: Examples, trained: LinearHead) -> Round:
+    """The round in which nothing is done.
+
+    Args:
+        held_out: examples that the network was not trained on.
+        trained: its head.
+
+    Example:
+        >>> y = torch.arange(8) % 2
+        >>> as_trained(Examples(torch.eye(2)[y], y, y), LinearHead(torch.eye(2), torch.zeros(2))).worst
+        1.0
+    """
+    gate = torch.ones(held_out.features.shape[1], device=held_out.features.device)
+    right = trained(held_out.features).argmax(1) == held_out.y
+    return Round(0.0, 1.0, gate, torch.zeros_like(gate), right, *_worst(right, held_out.group), lambda: trained)
 
 
 def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
@@ -268,7 +294,7 @@ def choose_round(
     if groups_known and fewest >= FEWEST_ATYPICAL and not scattered:
         return refit
     new, old, cell = rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical
-    loses = any(int(new[cell == k].sum()) < int(old[cell == k].sum()) for k in cell.unique().tolist())
+    loses = any(int(new[cell == k].sum()) < int(old[cell == k].sum()) for k in set(cell.tolist()))
     return refit if clearly_better(new, old, cell) and (groups_known or not loses) else 0
 
 
@@ -315,13 +341,15 @@ def _judge(
 ) -> Round:
     x, y, group = held_out.features * gate, held_out.y, held_out.group
     weights = None if atypical is None or weight == 1 else torch.where(atypical, weight, 1.0)
+    heads: list[LinearHead] = []
 
     def fit(used: Tensor) -> LinearHead:
         some = None if weights is None else weights[used]
-        return fit_balanced(x[used], y[used], group[used], l2, num_classes, subsets=JUDGED_SUBSETS, weights=some)
+        heads.append(fit_balanced(x[used], y[used], group[used], l2, num_classes, subsets=JUDGED_SUBSETS, weights=some))
+        return heads[-1]
 
     def refit() -> LinearHead:  # masks anew: a masked copy of the features for each round would be much to keep
         return fit_balanced(held_out.features * gate, y, group, l2, num_classes, weights=weights)
 
     right = crossfit(x, y, fit, num_classes, group=group).argmax(1) == y
-    return Round(share, weight, gate, score, right, *_worst(right, group), refit)
+    return Round(share, weight, gate, score, right, *_worst(right, group), refit, heads)

@@ -11,11 +11,14 @@ A callback of your own reads a run in three lines::
 
 from demem.run.balance import rebalance
 from demem.run.cure import (
+    changed_parameters,
     describe_rounds,
     read_examples,
+    refit_for_now,
     remove_and_refit,
     restored_on_failure,
     trained_parameters,
+    write_parameters,
 )
 from demem.run.data import Rows, RunData, Split, UnevenRows
 from demem.run.detection import describe_groups, has_learned, infer_groups_of_run
@@ -33,7 +36,7 @@ from demem.run.passes import examples, in_extra_pass, isolated_rng, undisturbed
 from demem.run.processes import gather_rows, ranks_of, validating_ranks
 from demem.run.sampling import ReweightedSampler, reweight
 from demem.run.sizes import TrainingSizes
-from demem.run.stage import is_dry_run, is_last_step, kept_checkpoints, resumed_within_epoch
+from demem.run.stage import is_dry_run, is_fit_validation, is_last_step, kept_checkpoints, resumed_within_epoch
 
 __all__ = [
     "ReweightedSampler",
@@ -42,6 +45,7 @@ __all__ = [
     "Split",
     "TrainingSizes",
     "UnevenRows",
+    "changed_parameters",
     "check_head",
     "describe_groups",
     "describe_rounds",
@@ -56,6 +60,7 @@ __all__ = [
     "in_extra_pass",
     "infer_groups_of_run",
     "is_dry_run",
+    "is_fit_validation",
     "is_last_step",
     "isolated_rng",
     "kept_checkpoints",
@@ -64,6 +69,7 @@ __all__ = [
     "read_examples",
     "read_head",
     "rebalance",
+    "refit_for_now",
     "remove_and_refit",
     "restored_on_failure",
     "resumed_within_epoch",
@@ -74,4 +80,5 @@ __all__ = [
     "undisturbed",
     "validating_ranks",
     "write_head",
+    "write_parameters",
 ]

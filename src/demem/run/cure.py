@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from demem.groups import Groups
-from demem.linear import few_of_each_group
+from demem.linear import LinearHead, few_of_each_group
 from demem.removal import (
     TRACED,
     Examples,
     Round,
     RoundRecord,
+    as_trained,
     fine_tune,
     remove_in_rounds,
     tuning_subset,
@@ -81,6 +82,45 @@ def remove_and_refit(
     return records, _fine_tune(data, held_out, held_out_positions, gate, passes, seed)
 
 
+def refit_for_now(
+    data: RunData, groups: Groups, choose: Choose, weights: Sequence[float]
+) -> tuple[LinearHead | None, RoundRecord]:
+    """A refitted head for a network that trains on, from one pass over the held-out examples.
+
+    Args:
+        data: of the run.
+        groups: of its held-out examples; without a shortcut nothing is refitted.
+        choose: index of the round to keep.
+        weights: of an atypical example, see :func:`demem.removal.remove_in_rounds`.
+
+    Returns:
+        the head, ``None`` where the network's own stays, and what is known of it.
+
+    Raises:
+        ValueError: the data are not those of the groups.
+    """
+    site, broadcast = data.head_input, data.trainer.strategy.broadcast
+    rows = data.held_out.read([site], "refitting")
+    if not torch.equal(rows.y.cpu(), groups.held_out_y):
+        raise changed_data()
+    held_out = Examples(rows.activations[site.name], rows.y, groups.held_out.to(rows.y.device))
+    trained = read_head(data.head)
+    if not groups.informative:
+        return None, broadcast(as_trained(held_out, trained).record(chosen=True, refitted=False))
+    rounds = remove_in_rounds(
+        held_out,
+        held_out,
+        trained,
+        num_classes=data.num_classes,
+        shares=(),
+        weights=weights,
+        typical=groups.typical,
+    )
+    chosen = broadcast(choose(rounds, held_out, groups))
+    record = broadcast(rounds[chosen].record(chosen=True, refitted=chosen > 0))
+    return (broadcast(rounds[chosen].quick_head) if chosen else None), record
+
+
 def describe_rounds(rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
     """What was done to the network, in one line.
 
@@ -99,18 +139,52 @@ def describe_rounds(rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
     )
 
 
+def changed_parameters(pl_module: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the earlier values, on the CPU, that the module's parameters no longer have.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    >>> _ = layer.bias.data.add_(1)
+    >>> list(changed_parameters(layer, before))
+    ['bias']
+    """
+    now = dict(pl_module.named_parameters())
+    return {name: value.cpu() for name, value in before.items() if not torch.equal(value, now[name])}
+
+
+def write_parameters(pl_module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters of these names.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> write_parameters(layer, {"bias": torch.tensor([7.0])})
+    >>> float(layer.bias)
+    7.0
+    """
+    parameters = dict(pl_module.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+
 @contextmanager
-def restored_on_failure(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Put the parameters back and warn where the block fails: what goes wrong after training must not cost the run."""
-    before = [p.detach().clone() for p in pl_module.parameters()]
+def restored_on_failure(
+    pl_module: pl.LightningModule, consequence: str = "leaves the network as it was trained"
+) -> Iterator[dict[str, Tensor]]:
+    """Put the parameters back and warn where the block fails: what goes wrong after training must not cost the run.
+
+    Gives ``{name: value}`` of the parameters before it.
+
+    Args:
+        pl_module: whose parameters may change.
+        consequence: what the warning says of the remover.
+    """
+    before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
     try:
-        yield
+        yield before
     except Exception as error:
-        with torch.no_grad():
-            for parameter, value in zip(pl_module.parameters(), before, strict=True):
-                parameter.copy_(value)
+        write_parameters(pl_module, before)
         warnings.warn(
-            f"MemorizationRemover leaves the network as it was trained, because {type(error).__name__}: {error}",
+            f"MemorizationRemover {consequence}, because {type(error).__name__}: {error}",
             stacklevel=4,
         )
 

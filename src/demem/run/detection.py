@@ -39,8 +39,8 @@ def infer_groups_of_run(
 ) -> tuple[Groups, Tensor, list[Tensor]]:
     """Probe the layers on the training examples, and give these and the held-out examples a group.
 
-    Where there are more than 20,000 training examples, the layer is chosen on that many, and then read of all.  What the
-    probe gets wrong is judged on 2,000 of them (:func:`demem.groups.judge`).
+    Where there are more than 20,000 training examples, the layer is chosen on that many, and then read of all.  What
+    the probe gets wrong is judged on 2,000 of them (:func:`demem.groups.judge`).
 
     Args:
         data: of the run.

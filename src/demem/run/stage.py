@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.trainer.states import TrainerFn
 
 
 def is_dry_run(trainer: pl.Trainer) -> bool:
     """Whether the run is a ``fast_dev_run``: its handful of batches may lack a class, so nothing can be traced."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def is_fit_validation(trainer: pl.Trainer) -> bool:
+    """Whether a validation that runs is one of the fit, and not the check before it."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
 def is_last_step(trainer: pl.Trainer) -> bool:
