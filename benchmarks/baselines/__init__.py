@@ -5,7 +5,7 @@ from benchmarks.baselines import (
     afr,
     ags,
     demem,
-    demem_as_trained,
+    demem_none,
     dpe,
     erm,
     example_tied_dropout,
@@ -31,7 +31,7 @@ _FILES = (
     xrm_dro,
     training_groups,
     demem,
-    demem_as_trained,
+    demem_none,
     ablations,
 )
 METHODS: list[Method] = [method for file in _FILES for method in file.METHODS]

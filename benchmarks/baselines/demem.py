@@ -44,6 +44,7 @@ def _run(experiment: Experiment, use_groups: bool) -> Outcome:
     config = {
         "use_groups": use_groups,
         "masked_share": chosen.share,
+        "weight": chosen.weight,
         "refit": chosen.refitted,
         "fine_tuned_on": remover.fine_tuned_on,
         "probe": {**probe, "groups": groups.sizes},

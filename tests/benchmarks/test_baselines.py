@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from benchmarks.baselines.xrm_dro import Twins, class_balanced_loss, cross_mista
 from benchmarks.experiment import TASKS, Experiment, Settings, Shared, judge
 from benchmarks.heads import fit_head, halves
 from demem.batch import Batch
+from demem.callbacks import MemorizationRemover
 from demem.linear import balanced_weights
 from demem.module import Classifier
 
@@ -224,10 +226,14 @@ def test_a_member_measures_the_distance_of_unit_vectors():
 
 
 def test_ablations_differ_from_ours_and_from_each_other():
-    assert set(ABLATIONS) <= {"demem_no_units", "demem_random_units", "demem_magnitude_units", "demem_all_units"}
-    options = [{}, *ABLATIONS.values()]
+    options = [(MemorizationRemover, {}), *ABLATIONS.values()]
     assert all(a != b for i, a in enumerate(options) for b in options[:i])
     assert set(ABLATIONS) <= {method.name for method in METHODS}
+    features, weight = torch.rand(20, 6), torch.rand(2, 6)
+    y, atypical = torch.arange(20) % 2, torch.arange(20) < 5
+    scores = [kind().score(features, weight, y, atypical, logits=features @ weight.T) for kind, _ in options]
+    assert all(not torch.equal(a.argsort(), b.argsort()) for a, b in pairwise(scores[1:]))
+    assert torch.allclose(scores[3], weight.norm(dim=0) * features.std(0))
 
 
 @pytest.mark.slow

@@ -620,7 +620,9 @@ def test_bad_data_is_refused_before_training():
             _fit(remover or MemorizationRemover(), module, loaders=loaders, callbacks=[Step()], **options)
 
     refused("matches nothing.*net.0", MemorizationRemover(probe_layers="layer9"))
-    refused("held-out examples", limit_val_batches=0)
+    ordered = {"train_dataloaders": DataLoader(TRAIN, batch_size=32)}
+    refused("held-out examples", loaders=ordered)
+    refused("keep training examples back", MemorizationRemover(held_out=0.2), _loaders() | ordered)
     refused("out of range", loaders=_loaders(TensorDataset(x, y + 1, g)))
     one_class = TensorDataset(*(t[VAL.tensors[1] == 0] for t in VAL.tensors))
     refused("fewer than two", loaders=_loaders(val=one_class))

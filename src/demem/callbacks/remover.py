@@ -27,6 +27,7 @@ from demem.run import (
     is_dry_run,
     is_fit_validation,
     is_last_step,
+    kept_back_positions,
     kept_checkpoints,
     read_examples,
     rebalance,
@@ -38,6 +39,7 @@ from demem.run import (
     write_parameters,
 )
 from demem.sites import bake_gates, find_head
+from demem.tracing import linear_score
 
 _AFTER_VALIDATION = (
     "after the last validation. Run trainer.validate(model) for accuracies of it as it is now, and save a "
@@ -72,9 +74,11 @@ class MemorizationRemover(Callback):
     are done again, on those.  The refitted head has the weight 0 at masked units; nothing of demem is in the network.
 
     The held-out examples are those of the first validation loader.  Their labels take part in steps 3 and 4, so
-    accuracy on them is optimistic afterwards.
+    accuracy on them is optimistic afterwards.  Without validation data, or with ``held_out``, they are a random part of
+    the training examples, which training leaves out where a shortcut was found.
 
-    Each decision is a method that can be overridden: :meth:`detect` (the groups' probe) and :meth:`choose` (the round).
+    Each decision is a method that can be overridden: :meth:`detect` (the groups' probe), :meth:`score` (the units) and
+    :meth:`choose` (the round).
 
     Args:
         rebalance: do step 2.  Needs a shuffling ``DataLoader`` without a sampler of your own.
@@ -84,6 +88,8 @@ class MemorizationRemover(Callback):
             input of the first block or layer, and the outputs of blocks, stages or layers.
         shares: fractions of the head's inputs that are masked, one per round, growing; ``()`` masks none.
         fine_tune: passes of step 4; 0 leaves it out, and the features stay those that training gave.
+        held_out: fraction of the training examples to keep back as held-out ones; default the validation data, and a
+            fifth of the training examples where there are none.
         head: qualified name of the classification head (an ``nn.Linear``), if it cannot be found automatically.
         max_examples: read at most this many training examples, evenly spaced; the others keep an average weight.
         seed: of all draws.
@@ -111,6 +117,7 @@ class MemorizationRemover(Callback):
         probe_layers: str | Sequence[str] | None = None,
         shares: Sequence[float] = MASKED_SHARES,
         fine_tune: int = 5,
+        held_out: float | None = None,
         head: str | None = None,
         max_examples: int = 200_000,
         seed: int = 0,
@@ -118,6 +125,9 @@ class MemorizationRemover(Callback):
         super().__init__()
         if fine_tune < 0 or max_examples < 1:
             raise ValueError(f"fine_tune must be at least 0 and max_examples 1; got {fine_tune} and {max_examples}.")
+        if held_out is not None and not 0 < held_out < 1:
+            raise ValueError(f"held_out is a fraction of the training examples, in (0, 1); got {held_out}.")
+        self.held_out = held_out
         self.rebalance = rebalance
         self.use_groups = use_groups
         self.probe_layers = probe_layers
@@ -130,6 +140,7 @@ class MemorizationRemover(Callback):
         self.rounds: list[RoundRecord] = []
         self.fine_tuned_on = 0
         self._train_positions = torch.empty(0, dtype=torch.long)  # of the examples that have a group
+        self._kept_back: Tensor | None = None  # positions of training examples that are held out
         self._looks_again = False  # the first probe is a poor one, and the second is still to come
         self._judged_on: Sequence[Tensor] = ()  # features before training; not kept in checkpoints
         self._removed_at_step = -1
@@ -151,6 +162,7 @@ class MemorizationRemover(Callback):
         return {
             "groups": None if self.groups is None else self.groups.state_dict(),
             "train_positions": self._train_positions,
+            "kept_back": self._kept_back,
             "looks_again": self._looks_again,
             "rounds": [asdict(record) for record in self.rounds],
             "fine_tuned_on": self.fine_tuned_on,
@@ -162,6 +174,7 @@ class MemorizationRemover(Callback):
         groups = state_dict["groups"]
         self.groups = None if groups is None else Groups(**groups)
         self._train_positions = state_dict["train_positions"]
+        self._kept_back = state_dict["kept_back"]
         self._looks_again = bool(state_dict["looks_again"])
         self.rounds = [RoundRecord(**record) for record in state_dict["rounds"]]
         self.fine_tuned_on = int(state_dict["fine_tuned_on"])
@@ -178,6 +191,10 @@ class MemorizationRemover(Callback):
         progress = {"progress": 1.0} if self._looks_again else {}
         return find_shortcut(features, y, num_classes, **progress)
 
+    def score(self, features: Tensor, weight: Tensor, y: Tensor, atypical: Tensor, *, logits: Tensor) -> Tensor:
+        """Memorization score ``(N,)`` of the units that the head reads, see :func:`demem.tracing.linear_score`."""
+        return linear_score(features, weight, y, atypical, logits=logits)
+
     def choose(self, rounds: Sequence[Round], held_out: Examples, groups: Groups) -> int:
         """Index of the round (:class:`demem.removal.Round`) to keep; 0 is the network as trained.
 
@@ -191,13 +208,16 @@ class MemorizationRemover(Callback):
         find_head(pl_module, self.head)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        new = trainer.global_step == 0 or self.groups is None  # not resumed
+        if new:
+            self._kept_back = kept_back_positions(trainer, self.held_out, self.seed)
         data = self._data(trainer, pl_module)
         data.held_out  # noqa: B018 (refused now rather than after training, if there is none)
         if is_dry_run(trainer):
             return
-        if trainer.global_step == 0 or self.groups is None:  # not resumed
+        if new:
             self.groups, self._looks_again, self._removed_at_step, self._trained = None, False, -1, {}
-            check_head(trainer, pl_module, data.head_name, data.head)
+            check_head(trainer, pl_module, data.head_name, data.head, data.held_out.loader)
             self._look(data)
         if self.groups is not None and (trainer.global_step > 0 or not data.is_stable):  # rather than after training
             read_examples(data, self.groups, self._train_positions, self.seed)
@@ -218,7 +238,7 @@ class MemorizationRemover(Callback):
         self._go_on(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.groups is None or not is_fit_validation(trainer) or is_dry_run(trainer):
+        if not is_fit_validation(trainer) or is_dry_run(trainer) or not self._acts:
             return
         if self._removed_at_step != trainer.global_step and self._refits:
             with torch.inference_mode(False):
@@ -227,6 +247,10 @@ class MemorizationRemover(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_fit_validation(trainer) and not math.isnan(self._worst):
             pl_module.log("val/worst_inferred_group_acc", self._worst, sync_dist=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.enable_validation:  # and yet there may be checkpoints
+            self.on_validation_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -244,7 +268,7 @@ class MemorizationRemover(Callback):
         # Stopped early, by time or by a signal: nothing told that the last step was the last.
         if self._removed_at_step != trainer.global_step and not is_dry_run(trainer):
             self._remove(self._data(trainer, pl_module))
-        if self._unseen and self._refitted:
+        if self._unseen and self._refitted and trainer.enable_validation:
             warnings.warn(
                 "MemorizationRemover: as training ended before its last planned step, or without a validation after "
                 f"it, the network was refitted {_AFTER_VALIDATION}",
@@ -284,7 +308,12 @@ class MemorizationRemover(Callback):
     # What
 
     def _data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RunData:
-        return RunData(trainer, pl_module, self.head, self.max_examples)
+        return RunData(trainer, pl_module, self.head, self.max_examples, self._kept_back)
+
+    @property
+    def _acts(self) -> bool:
+        """Whether there is something to do: without a shortcut, what was kept back has been trained on."""
+        return self.groups is not None and (self._kept_back is None or self.groups.informative)
 
     @property
     def _refitted(self) -> bool:
@@ -331,10 +360,11 @@ class MemorizationRemover(Callback):
         """Step 2, anew every epoch, for loaders that are reloaded between epochs."""
         first, self._fresh = self._fresh, False
         waits = self._looks_again and data.trainer.max_epochs != data.trainer.current_epoch + 1
-        if self.groups is None or not self.rebalance or not self.groups.informative or waits:
+        leaves_alone = not self.rebalance and self._kept_back is None
+        if self.groups is None or leaves_alone or not self.groups.informative or waits:
             return
         self._restore_sampler()
-        self._undo = rebalance(data, self.groups, self._train_positions, self.seed, first)
+        self._undo = rebalance(data, self.groups, self._train_positions, self.seed, first, even=not self.rebalance)
 
     def _restore_sampler(self) -> None:
         if self._undo is not None:
@@ -346,10 +376,20 @@ class MemorizationRemover(Callback):
         self.rounds, self.fine_tuned_on = [], 0
         if self.groups is None:  # training was over before it began
             return
+        if not self._acts:
+            self.rounds = [RoundRecord(refitted=False, share=0.0, worst=math.nan, chosen=True)]
+            return
         self._go_on(data.pl_module)
         with restored_on_failure(data.pl_module) as before:
             self.rounds, self.fine_tuned_on = remove_and_refit(
-                data, self.groups, self._train_positions, self.choose, self.shares, self.fine_tune, self.seed
+                data,
+                self.groups,
+                self._train_positions,
+                self.choose,
+                self.shares,
+                self.fine_tune,
+                self.seed,
+                self.score,
             )
             rank_zero_info(describe_rounds(self.rounds, self.fine_tuned_on))
             self._trained = changed_parameters(data.pl_module, before)

@@ -115,13 +115,14 @@ def remove_in_rounds(
     typical: Tensor | None = None,
     atypical_share: float = 0.2,
     l2: float = 1e-3,
+    score_units: Callable[..., Tensor] = linear_score,
 ) -> list[Round]:
     r"""Refit; then trace, mask, refit, with more units masked every round.
 
     The first rounds refit the head with nothing masked, and atypical held-out examples weigh more from round to round:
     inferred groups are not pure, so that those that are drawn in equal numbers may still hold more typical examples.
-    Of the weights the one with the best cross-fitted accuracy on the worst group stays, the smallest of equals.  Where a
-    class has fewer than 10 atypical examples there is one weight.
+    Of the weights the one with the best cross-fitted accuracy on the worst group stays, the smallest of equals.  Where
+    a class has fewer than 10 atypical examples there is one weight.
 
     Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
     the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
@@ -141,6 +142,7 @@ def remove_in_rounds(
             other groups are atypical.  Without it, and where a class has no others, those with the lowest margins are.
         atypical_share: of each class, by margin.
         l2: see :func:`demem.linear.fit_linear`.
+        score_units: gives the score of each unit ``(N,)``, called as :func:`demem.tracing.linear_score`.
 
     Returns:
         The network as trained, then a refit for each weight with nothing masked, then one a share.
@@ -182,7 +184,7 @@ def remove_in_rounds(
         seen = atypical_by_margin(margin, held_out.y, atypical_share, num_classes)
     for share in shares:
         logits = traced(held_out.features)
-        score = linear_score(held_out.features, traced.weight, held_out.y, seen, logits=logits)
+        score = score_units(held_out.features, traced.weight, held_out.y, seen, logits=logits)
         order = torch.where(gate == 0, torch.inf, score).sort(descending=True, stable=True).indices
         gate = torch.ones_like(gate)
         gate[order[: round(share * width)]] = 0

@@ -29,12 +29,13 @@ from demem.run.loaders import (
     first_loader,
     has_positions,
     held_out_loader,
+    kept_back_positions,
     sampler_of,
     train_loader,
 )
 from demem.run.passes import examples, in_extra_pass, isolated_rng, undisturbed
 from demem.run.processes import gather_rows, ranks_of, validating_ranks
-from demem.run.sampling import ReweightedSampler, reweight
+from demem.run.sampling import ReweightedSampler, reweight, shuffles
 from demem.run.sizes import TrainingSizes
 from demem.run.stage import is_dry_run, is_fit_validation, is_last_step, kept_checkpoints, resumed_within_epoch
 
@@ -63,6 +64,7 @@ __all__ = [
     "is_fit_validation",
     "is_last_step",
     "isolated_rng",
+    "kept_back_positions",
     "kept_checkpoints",
     "model_with_head",
     "ranks_of",
@@ -75,6 +77,7 @@ __all__ = [
     "resumed_within_epoch",
     "reweight",
     "sampler_of",
+    "shuffles",
     "train_loader",
     "trained_parameters",
     "undisturbed",

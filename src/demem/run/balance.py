@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from demem.groups import Groups
@@ -17,7 +18,7 @@ from demem.run.stage import restart_workers
 
 
 def rebalance(
-    data: RunData, groups: Groups, positions: Tensor, seed: int, first: bool = False
+    data: RunData, groups: Groups, positions: Tensor, seed: int, first: bool = False, even: bool = False
 ) -> Callable[[], None] | None:
     """Draw training examples with weights under which all groups count the same, from the next epoch's iterator on.
 
@@ -26,6 +27,7 @@ def rebalance(
         groups: of its training examples.
         positions: ``(S,)`` of these in their data set, ascending; all others keep an average weight.
         seed: of the draw, together with the epoch.
+        even: draw all alike, but for those that are kept back.
         first: no epoch of this fit has begun, so the iterator of the epoch may be there already.
 
     Returns:
@@ -43,7 +45,9 @@ def rebalance(
         return None
     if len(split.loader.dataset) <= int(positions[-1]):  # type: ignore[arg-type]
         raise changed_data()
-    undo = reweight(split.loader, positions, balanced_weights(groups.index, SMOOTHING), data.trainer, seed)
+    key = torch.zeros_like(groups.index) if even else groups.index
+    weights = balanced_weights(key, SMOOTHING)
+    undo = reweight(split.loader, positions, weights, data.trainer, seed, data.kept_back)
     if undo is None:
         warnings.warn(
             "MemorizationRemover does not rebalance: the training DataLoader has a sampler of its own or does not "

@@ -28,6 +28,7 @@ from demem.run.head import read_head, write_head
 from demem.run.passes import undisturbed
 from demem.run.processes import copy_first
 from demem.sites import Gates, remove_gates
+from demem.tracing import linear_score
 
 FINE_TUNE_LR = 1e-4
 
@@ -42,6 +43,7 @@ def remove_and_refit(
     shares: Sequence[float],
     passes: int,
     seed: int,
+    score_units: Callable[..., Tensor] = linear_score,
 ) -> tuple[list[RoundRecord], int]:
     """Mask units that memorise, refit the head, and fine-tune the network.
 
@@ -53,6 +55,7 @@ def remove_and_refit(
         shares: see :func:`demem.removal.remove_in_rounds`.
         passes: of fine-tuning over the subset of the held-out examples; 0 leaves it out.
         seed: of all draws.
+        score_units: see :func:`demem.removal.remove_in_rounds`.
 
     Returns:
         what is known of each round, and how many examples the network was fine-tuned on.
@@ -68,6 +71,7 @@ def remove_and_refit(
         num_classes=data.num_classes,
         shares=shares,
         typical=groups.typical,
+        score_units=score_units,
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = broadcast(choose(rounds, held_out, groups))

@@ -14,7 +14,14 @@ from torch.utils.data import DataLoader
 from demem.batch import Batch, apply_model
 from demem.groups import sketch
 from demem.run.head import model_with_head
-from demem.run.loaders import has_positions, held_out_loader, is_training_loader, train_loader
+from demem.run.loaders import (
+    evenly_spaced,
+    has_positions,
+    held_out_loader,
+    is_training_loader,
+    positions_drawn_from,
+    train_loader,
+)
 from demem.run.passes import batches_at, examples, undisturbed
 from demem.run.processes import gather_rows
 from demem.sites import ActivationReader, Reduce, Site, check_finite, find_head
@@ -58,6 +65,7 @@ class Split:
         loader: of the examples.
         model: gives the logits.
         max_examples: at most this many training examples are read, evenly spaced.
+        positions: ascending, of the examples of the data set that are the split's; default those that the loader draws.
     """
 
     def __init__(
@@ -67,9 +75,11 @@ class Split:
         loader: DataLoader[Any],
         model: nn.Module,
         max_examples: int | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         self.trainer, self.pl_module, self.loader, self.model = trainer, pl_module, loader, model
         self.max_examples = max_examples if is_training_loader(trainer, loader) else None
+        self.positions = positions
 
     @property
     def has_positions(self) -> bool:
@@ -86,7 +96,10 @@ class Split:
         """This process's examples with their positions, see :func:`demem.run.passes.examples`; call this within
         :func:`demem.run.undisturbed`."""
         sizes = [size for size in (limit, self.max_examples) if size is not None]
-        return examples(self.trainer, self.pl_module, self.loader, description, min(sizes) if sizes else None, only)
+        most = min(sizes) if sizes else None
+        if only is None and self.positions is not None:
+            only = self.positions if most is None else evenly_spaced(self.positions, most)
+        return examples(self.trainer, self.pl_module, self.loader, description, most, only)
 
     def batches_at(self, positions: Tensor, size: int) -> Iterator[Batch]:
         """See :func:`demem.run.passes.batches_at`."""
@@ -228,6 +241,8 @@ class RunData:
         trainer, pl_module: of the run.
         head: qualified name of the classification head; default the last linear layer that can be one.
         max_examples: at most this many training examples are read, evenly spaced.
+        kept_back: positions in the training data set, ascending, of the held-out examples, which training must leave
+            out; default the validation data.
 
     Attributes:
         train, held_out: the :class:`Split` of the (first) training and of the first validation loader; read one with
@@ -245,19 +260,28 @@ class RunData:
         pl_module: pl.LightningModule,
         head: str | None = None,
         max_examples: int | None = None,
+        kept_back: Tensor | None = None,
     ) -> None:
         self.trainer, self.pl_module, self.max_examples = trainer, pl_module, max_examples
+        self.kept_back = kept_back
         self.head_name, self.head = find_head(pl_module, head)
         self.model = model_with_head(pl_module, self.head)
 
     @property
     def train(self) -> Split:
         """The examples of the (first) training loader; refused if it is no ``DataLoader``."""
-        return Split(self.trainer, self.pl_module, train_loader(self.trainer), self.model, self.max_examples)
+        loader, rest = train_loader(self.trainer), None
+        if self.kept_back is not None:
+            positions = positions_drawn_from(self.trainer, loader)
+            rest = positions[~torch.isin(positions, self.kept_back)]
+        return Split(self.trainer, self.pl_module, loader, self.model, self.max_examples, rest)
 
     @property
     def held_out(self) -> Split:
-        """The examples of the first validation loader; refused if there is none."""
+        """The examples that are kept back, or those of the first validation loader; refused if there is none."""
+        if self.kept_back is not None:
+            loader = train_loader(self.trainer)
+            return Split(self.trainer, self.pl_module, loader, self.model, positions=self.kept_back)
         return Split(self.trainer, self.pl_module, held_out_loader(self.trainer), self.model)
 
     @property

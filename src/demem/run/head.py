@@ -9,10 +9,10 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from demem.batch import apply_model
 from demem.linear import LinearHead
-from demem.run.loaders import held_out_loader
 from demem.run.passes import examples, undisturbed
 from demem.sites import ActivationReader, Site, deciding_heads, named_layers
 
@@ -34,8 +34,15 @@ def model_with_head(pl_module: pl.LightningModule, head: nn.Module) -> nn.Module
     raise ValueError(f"{type(pl_module).__name__} has no forward(self, x) that returns logits; define one.")
 
 
-def check_head(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, head: nn.Linear) -> None:
+def check_head(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, head: nn.Linear, loader: DataLoader[Any]
+) -> None:
     """Refuse a head that cannot be refitted, or that is not what decides: one of two, or a layer of another loss.
+
+    Args:
+        trainer, pl_module: of the run.
+        name, head: of the layer.
+        loader: whose first batch is tried.
 
     Raises:
         ValueError: the head has no bias, or a weight that is computed from others or shared with another layer; the
@@ -50,7 +57,7 @@ def check_head(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, he
                 f"{type(callback).__name__} prunes the head {name!r}, whose weight is then computed from others, so it "
                 "cannot be refitted. Leave the head out of parameters_to_prune."
             )
-    model, loader = model_with_head(pl_module, head), held_out_loader(trainer)
+    model = model_with_head(pl_module, head)
     layers = named_layers(model)
     with undisturbed(trainer, pl_module):
         batches = [batch.x for _, batch in islice(examples(trainer, pl_module, loader), 1)]

@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from demem.run.sampling import ReweightedSampler
+from demem.run.sampling import ReweightedSampler, shuffles
 
 # What a sampler that is known does; of another one (or of a subclass) neither is taken for granted.
 _DRAW_EVENLY: tuple[type[Sampler[Any]], ...] = (
@@ -60,6 +60,37 @@ def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
             "limit_val_batches=0 or a fast run without validation)."
         )
     return loader
+
+
+def kept_back_positions(trainer: pl.Trainer, share: float | None, seed: int, default: float = 0.2) -> Tensor | None:
+    """Positions in the training data set of the examples to keep back, ascending; ``None`` to use the validation data.
+
+    Args:
+        trainer: of the run.
+        share: of the training examples; ``None`` takes the validation data, and ``default`` where there are none.
+        seed: of the draw.
+        default: see above.
+
+    Raises:
+        ValueError: examples must be kept back, but the training loader is no ``DataLoader`` that shuffles by itself.
+    """
+    missing: ValueError | None = None
+    if share is None:
+        try:
+            held_out_loader(trainer)
+            return None
+        except ValueError as error:
+            missing = error
+    loader = first_loader(trainer.train_dataloader)
+    if not isinstance(loader, DataLoader) or not has_positions(loader) or not shuffles(loader):
+        raise missing or ValueError(
+            "demem cannot keep training examples back: the training DataLoader does not shuffle, or has a sampler of "
+            "its own. Use shuffle=True, or give the Trainer a validation DataLoader and leave held_out out."
+        )
+    positions = positions_drawn_from(trainer, loader)
+    size = round((default if share is None else share) * len(positions))
+    chosen = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))[:size]
+    return positions[chosen].sort().values
 
 
 def train_loader(trainer: pl.Trainer) -> DataLoader[Any]:

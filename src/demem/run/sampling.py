@@ -39,8 +39,23 @@ class ReweightedSampler(Sampler[int]):
         return iter(drawn[self.rank :: self.world].tolist())
 
 
+def shuffles(loader: DataLoader[Any]) -> bool:
+    """Whether the loader shuffles by a sampler that is known, and so may be drawn from otherwise.
+
+    >>> shuffles(DataLoader([1, 2, 3], shuffle=True)), shuffles(DataLoader([1, 2, 3]))
+    (True, False)
+    """
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    return type(sampler) in (RandomSampler, DistributedSampler) and bool(getattr(sampler, "shuffle", True))
+
+
 def reweight(
-    loader: DataLoader[Any], positions: Tensor, weights: Tensor, trainer: pl.Trainer, seed: int
+    loader: DataLoader[Any],
+    positions: Tensor,
+    weights: Tensor,
+    trainer: pl.Trainer,
+    seed: int,
+    never: Tensor | None = None,
 ) -> Callable[[], None] | None:
     """Put a :class:`ReweightedSampler` in the loader's batch sampler, from the next epoch's iterator on.
 
@@ -50,18 +65,21 @@ def reweight(
         weights: ``(S,)`` of those positions.
         trainer: of the run.
         seed: see :class:`ReweightedSampler`.
+        never: positions that are not drawn.
 
     Returns:
         A function that puts the loader's own sampler back; or ``None``, with nothing changed, if the loader does not
         shuffle by a sampler that is known (a sampler of the user's own is not overruled).
     """
-    batches: Any = loader.batch_sampler
-    sampler = getattr(batches, "sampler", None)
-    if type(sampler) not in (RandomSampler, DistributedSampler) or not getattr(sampler, "shuffle", True):
+    if not shuffles(loader):
         return None
+    batches: Any = loader.batch_sampler
+    sampler = batches.sampler
     everything = torch.full((len(loader.dataset),), float(weights.mean()), dtype=torch.float64)  # type: ignore[arg-type]
     everything[positions] = weights.double()
-    replacement = ReweightedSampler(everything, len(sampler), trainer.global_rank, trainer.world_size, seed)  # type: ignore[arg-type]
+    if never is not None:
+        everything[never] = 0.0
+    replacement = ReweightedSampler(everything, len(sampler), trainer.global_rank, trainer.world_size, seed)
     replacement.set_epoch(trainer.current_epoch)
     batches.sampler = replacement
 
