@@ -164,6 +164,7 @@ def test_leaves_the_network_as_trained_where_the_refit_has_nothing_to_go_by(monk
     class TrainsOnly(MemorizationRemover):
         def _remove(self, data):
             self.rounds = [RoundRecord(False, 0.0, _worst_inferred(self, data.pl_module), True)]
+            self._removed_at_step = data.trainer.global_step
 
     def _worst_inferred(remover, module):
         x, y, _ = VAL.tensors

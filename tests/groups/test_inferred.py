@@ -32,6 +32,7 @@ def test_known_groups_are_transferred_by_a_clearly_better_probe(error, counts):
         (0.2, True, "shortcut", False, False),
         (0.2, False, "label noise", False, False),
         (0.075, False, "hard examples", False, False),  # 0.15 × chance's error: few mistakes
+        (0.075, False, "undecided", False, True),
         (0.2, True, "shortcut", True, True),
         (0.1, True, "shortcut", True, False),
     ],
@@ -111,7 +112,8 @@ def test_what_a_verdict_makes_of_the_groups(kind, shortcut, error, epoch):
     verdict = Verdict(kind, 0.9, "the figures", 0.0, 0.0, 0.0, 1.0, 0.0, torch.zeros(12), torch.zeros(12))
     judged = groups.judged(verdict)
     positive = kind == "shortcut" and epoch == 0
-    few = error == 0.05 and kind in ("shortcut", "hard examples", "undecided")
+    kinds = ("shortcut", "hard examples") if epoch == 0 else ("shortcut", "hard examples", "undecided")
+    few = error == 0.05 and kind in kinds
     assert judged.shortcut == (shortcut and (positive or few))
     assert torch.equal(judged.index, groups.index if judged.shortcut else 3 * groups.y)
     assert torch.equal(judged.held_out, groups.held_out if judged.shortcut else 3 * groups.held_out_y)

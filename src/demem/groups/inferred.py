@@ -98,7 +98,8 @@ class Groups:
         than a few mistakes."""
         if self.known:
             return self.many_errors
-        return not self.shortcut and self.kind != "label noise" and not self.few_errors
+        waits = self.kind == "undecided" and self.epoch == 0
+        return not self.shortcut and self.kind != "label noise" and (waits or not self.few_errors)
 
     def judged(self, verdict: Verdict) -> Groups:
         """The same, with what a verdict on the probe's mistakes says.
@@ -109,6 +110,7 @@ class Groups:
         shortcut        at least a third                         shortcut
         label noise     any                                      no shortcut
         nothing         any                                      no shortcut
+        undecided       any, before training                     no shortcut, and left :attr:`open`
         another         at least a third, and few mistakes       shortcut
         another         otherwise                                no shortcut, and left :attr:`open`
         ==============  =======================================  =====================================
@@ -121,7 +123,8 @@ class Groups:
         if self.known:
             return replace(self, why=verdict.why)
         decided = verdict.kind == "shortcut" and self.epoch == 0
-        possible = verdict.kind not in ("label noise", "nothing") and self.few_errors
+        waits = verdict.kind == "undecided" and self.epoch == 0  # wrong labels are still possible
+        possible = verdict.kind not in ("label noise", "nothing") and self.few_errors and not waits
         if self.shortcut and (decided or possible):
             return replace(self, kind="shortcut", why=verdict.why)
         kind = "hard examples" if verdict.kind == "shortcut" else verdict.kind  # of which the probe is not sure

@@ -443,7 +443,7 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
         kind, why = "hard examples", "the probe is unsure of its mistakes"
         beyond = max(THRESHOLD - above, (EXCESS * explained - count) / math.sqrt(max(explained, 1.0)))
     elif len(tested) < FEWEST:
-        kind, why, beyond = "undecided", "hard examples may explain the mistakes that it is sure of", 0.0
+        kind, why, beyond = "hard examples", "hard examples may explain the mistakes that it is sure of", 0.0
     elif z >= max(THRESHOLD, MIN_SURPRISE * math.sqrt(len(tested))):
         kind, why = "shortcut", "the probe is sure of its mistakes and a second look sides with the labels"
         beyond = z - THRESHOLD
