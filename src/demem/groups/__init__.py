@@ -5,24 +5,29 @@ probe says, which gives every training and every held-out example a group; :func
 made before training and one made after an epoch.  All are functions of tensors; nothing here knows a Trainer.
 
 :func:`judge` says whether the probe's mistakes are a minority, wrong labels or hard examples, of the data set and of
-each example; it needs a second predictor (:func:`second_opinion`).
+each example; it needs a second predictor (:func:`second_opinion`).  :func:`detect` does all of it for a network and a
+loader, with no training.
 """
 
+from demem.groups.detect import Detection, detect, probed_sites
 from demem.groups.inferred import Groups, infer_groups, known_groups, largest_groups, second_look
 from demem.groups.probe import ShortcutProbe, class_error, find_shortcut, probe_shortcut
 from demem.groups.verdict import Verdict, judge, second_opinion, sketch
 
 __all__ = [
+    "Detection",
     "Groups",
     "ShortcutProbe",
     "Verdict",
     "class_error",
+    "detect",
     "find_shortcut",
     "infer_groups",
     "judge",
     "known_groups",
     "largest_groups",
     "probe_shortcut",
+    "probed_sites",
     "second_look",
     "second_opinion",
     "sketch",

@@ -15,12 +15,13 @@ from demem.groups import (
     infer_groups,
     judge,
     known_groups,
+    probed_sites,
     second_opinion,
 )
 from demem.run.data import Rows, RunData
 from demem.run.head import read_head
 from demem.run.loaders import evenly_spaced
-from demem.sites import Site, default_sites, find_sites
+from demem.sites import Site
 
 CHOSEN_ON = 20_000  # training examples that the probed layer is chosen on: those of all layers are in memory at once
 JUDGED_ON = 2_000  # training examples that the verdict is found on; its time grows with their square and cube
@@ -61,7 +62,7 @@ def infer_groups_of_run(
             or as :meth:`demem.run.Split.read`.
     """
     what, classes, optional = "finding the shortcut", data.num_classes, layers is None
-    sites = _sites(data, layers)
+    sites = probed_sites(data.pl_module, layers, data.head_name)
     first = data.train.read(sites, what, sketches=not (use_groups or before), optional=optional, limit=CHOSEN_ON)
     probe, train, site = _probe(data, first, sites, detect, optional, what)
     held_out = data.held_out.read([site], what, optional=optional)
@@ -140,15 +141,6 @@ def check_classes(y: Tensor, num_classes: int, where: str) -> None:
             f"Of class {few} there are fewer than two among the {len(y)} {where} examples, so its units cannot be "
             f"traced. Use a {where} set with every class (are the batches limited, or the set sorted by class?)."
         )
-
-
-def _sites(data: RunData, layers: str | Sequence[str] | None) -> list[Site]:
-    if layers is not None:
-        return find_sites(data.pl_module, layers)
-    sites = [site for site in default_sites(data.pl_module, data.head_name) if site.module is not data.head]
-    if not sites:  # a linear model: the head's input is all there is
-        return [data.head_input]
-    return [Site(f"{sites[0].name}:input", sites[0].module, "input"), *sites]
 
 
 def _check_range(y: Tensor, num_classes: int, where: str) -> None:
