@@ -10,6 +10,7 @@ from rich.console import Console
 COMMANDS = {
     ("compare",): "benchmarks.compare",
     ("table",): "benchmarks.table",
+    ("report",): "benchmarks.show",
     ("ceiling",): "benchmarks.ceiling",
     ("golden",): "benchmarks.golden",
     ("units",): "benchmarks.units",

@@ -20,8 +20,8 @@ from rich.table import Table
 from benchmarks.baselines import METHODS
 from benchmarks.compare import parse_seeds, quiet
 from benchmarks.experiment import TASKS, Experiment, Run, Settings, Shared, Task, add_task_options
-from benchmarks.report import spread
 from benchmarks.results import append_jsonl, read_jsonl
+from benchmarks.rows import spread
 from demem.data import GroupedDataModule
 from demem.metrics import group_accuracy_compute, group_accuracy_update
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from benchmarks.compare import parse_seeds, quiet
 from benchmarks.experiment import TASKS, Experiment, Settings, add_task_options
-from benchmarks.report import spread
 from benchmarks.results import append_jsonl, read_jsonl
+from benchmarks.rows import spread
 from demem.batch import apply_model
 from demem.data import GroupedDataset
 from demem.groups import ShortcutProbe, find_shortcut

@@ -63,3 +63,20 @@ def test_a_misspelt_option_is_named(tmp_path):
     )
     assert done.returncode == 2
     assert "correlatoin" in done.stderr
+
+
+def test_a_report_is_asked_for_on_the_command_line(demem, capsys):
+    config = ("fit", "--config", ROOT / "configs/data/digits.yaml", "--config", ROOT / "configs/method/report.yaml")
+    with pytest.raises(SystemExit):
+        demem(*config, "--trainer.callbacks.report.class_names", "[low, high]", "--print_config")
+    printed = capsys.readouterr().out
+    assert "path: report.html" in printed
+    assert "- low" in printed
+    with pytest.raises(SystemExit):
+        demem(
+            *config[:3],
+            "--trainer.callbacks+=MemorizationRemover",
+            "--trainer.callbacks.report=me.html",
+            "--print_config",
+        )
+    assert "report: me.html" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-ROOMS = ("batch", "groups", "linear", "measures", "metrics", "removal", "sites", "tracing")
+ROOMS = ("batch", "groups", "linear", "measures", "metrics", "removal", "report", "sites", "tracing")
 
 
 def _public():

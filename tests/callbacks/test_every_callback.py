@@ -21,6 +21,7 @@ SETTINGS = {
     "remover": lambda folder: MemorizationRemover(),
     "remover with known groups": lambda folder: MemorizationRemover(use_groups=True, shares=(0.5,)),
     "remover that leaves sampling alone": lambda folder: MemorizationRemover(rebalance=False, fine_tune=0),
+    "remover with a report": lambda folder: MemorizationRemover(report=f"{folder}/report.html"),
     "tracer": lambda folder: MemorizationTracer(scores="taylor", dirpath=str(folder), every_n_epochs=1),
     "diversity": lambda folder: ActivationDiversityMonitor(mi="ksg", max_units=8, max_examples=60),
     "worst group": lambda folder: WorstGroupMonitor(),

@@ -661,9 +661,11 @@ def test_two_processes_equal_one(tmp_path, two_processes, val):
         states += [torch.load(tmp_path / f"s{devices}.{rank}", weights_only=True) for rank in range(devices)]
     alone, first, second = states
     assert (alone["callback"]["fine_tuned_on"] > 0) == (val is MANY)
+    # The gradients' sum is rounded otherwise, and an example may lie on the boundary of the head as trained.
+    rounds = [{**r, "average": pytest.approx(r["average"], abs=1.5 / len(val))} for r in alone["callback"]["rounds"]]
     for state in (first, second):
         assert state["callback"]["fine_tuned_on"] == alone["callback"]["fine_tuned_on"]
-        assert state["callback"]["rounds"] == alone["callback"]["rounds"]
+        assert state["callback"]["rounds"] == rounds
         assert torch.equal(state["callback"]["groups"]["index"], alone["callback"]["groups"]["index"])
         for name, value in state["model"].items():
             assert torch.allclose(value, alone["model"][name], atol=1e-5), name

@@ -10,7 +10,9 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
+from demem.callbacks.figures import log_figures
 from demem.measures import Binning, Diversity, Reservoir, mean_mi, measure_diversity
+from demem.report import diversity_curves
 from demem.run import first_loader, gather_rows, validating_ranks
 from demem.sites import ActivationReader, Reduce, Site, default_sites, find_sites
 
@@ -185,6 +187,9 @@ class ActivationDiversityMonitor(pl.Callback):
             {"epoch": trainer.current_epoch, "step": trainer.global_step, "num_examples": len(rows), **values}
         )
         pl_module.log_dict(values, sync_dist=True, batch_size=1)  # equal on all processes; else Lightning warns
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        log_figures(trainer, {"demem/diversity": diversity_curves(self.history)})
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()

@@ -14,8 +14,10 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from demem.callbacks.reporting import Reporter, scalars, timed
 from demem.groups import Groups, ShortcutProbe, find_shortcut, second_look
 from demem.removal import ATYPICAL_WEIGHTS, MASKED_SHARES, Examples, Round, RoundRecord, check_shares, choose_round
+from demem.report import ReportOptions, summarise
 from demem.run import (
     RunData,
     changed_parameters,
@@ -93,6 +95,9 @@ class MemorizationRemover(Callback):
         head: qualified name of the classification head (an ``nn.Linear``), if it cannot be found automatically.
         max_examples: read at most this many training examples, evenly spaced; the others keep an average weight.
         seed: of all draws.
+        report: write a report for people to this HTML file, in the run's folder unless the path is absolute; or
+            :class:`demem.report.ReportOptions`, with names of classes and attributes.  It takes three passes over at
+            most 5,000 training examples and the held-out ones.
 
     Attributes:
         groups: :class:`~demem.groups.Groups` of the training and the held-out examples; ``None`` before training.
@@ -121,6 +126,7 @@ class MemorizationRemover(Callback):
         head: str | None = None,
         max_examples: int = 200_000,
         seed: int = 0,
+        report: str | ReportOptions | None = None,
     ) -> None:
         super().__init__()
         if fine_tune < 0 or max_examples < 1:
@@ -136,6 +142,7 @@ class MemorizationRemover(Callback):
         self.head = head
         self.max_examples = max_examples
         self.seed = seed
+        self.reporter = Reporter(report)
         self.groups: Groups | None = None
         self.rounds: list[RoundRecord] = []
         self.fine_tuned_on = 0
@@ -181,6 +188,15 @@ class MemorizationRemover(Callback):
         self._removed_at_step = int(state_dict["removed_at_step"])
         self._trained = dict(state_dict["trained"])
 
+    def summary(self) -> str:
+        """What was found, done and gained, in five lines."""
+        path = None if self.reporter.path is None else str(self.reporter.path)
+        return summarise(self.groups, self.rounds, self.fine_tuned_on, self.rebalance, path)
+
+    def __repr__(self) -> str:
+        kept = next((record for record in self.rounds if record.chosen), None)
+        return f"{type(self).__name__}({self.groups or 'nothing looked for yet'}{f'; {kept}' if kept else ''})"
+
     def detect(self, features: Mapping[str, Tensor], y: Tensor, num_classes: int) -> ShortcutProbe:
         """Probe layers ``{site: (S, N)}`` of the training examples, shallow ones first, for the class ``(S,)``.
 
@@ -205,8 +221,10 @@ class MemorizationRemover(Callback):
     # When
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.reporter.start()
         find_head(pl_module, self.head)
 
+    @timed
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         new = trainer.global_step == 0 or self.groups is None  # not resumed
         if new:
@@ -225,6 +243,7 @@ class MemorizationRemover(Callback):
         if resumed_within_epoch(trainer):  # Lightning then leaves the start of the epoch out
             self._rebalance(data)
 
+    @timed
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_dry_run(trainer):
             return
@@ -237,6 +256,7 @@ class MemorizationRemover(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self._go_on(pl_module)
 
+    @timed
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not is_fit_validation(trainer) or is_dry_run(trainer) or not self._acts:
             return
@@ -252,18 +272,20 @@ class MemorizationRemover(Callback):
         if not trainer.enable_validation:  # and yet there may be checkpoints
             self.on_validation_start(trainer, pl_module)
 
+    @timed
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if is_last_step(trainer) and not is_dry_run(trainer):
             self._remove(self._data(trainer, pl_module))
-            for kept in (record for record in self.rounds if record.chosen):
-                values = {"removal/masked_share": kept.share, "removal/worst_inferred_group_acc": kept.worst}
+            values = scalars(self.rounds, self.use_groups)
+            if values:
                 pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._unseen = False
 
+    @timed
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Stopped early, by time or by a signal: nothing told that the last step was the last.
         if self._removed_at_step != trainer.global_step and not is_dry_run(trainer):
@@ -277,6 +299,16 @@ class MemorizationRemover(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_sampler()
+        self._keep_cured(trainer, pl_module)
+        if self.reporter.options is not None and not is_dry_run(trainer):
+            device = pl_module.device  # Lightning has taken the module off the accelerator by now
+            pl_module.to(trainer.strategy.root_device)
+            self.reporter.finish(self, self._data(trainer, pl_module), self._train_positions, self._trained)
+            pl_module.to(device)
+        rank_zero_info(self.summary())
+
+    @timed
+    def _keep_cured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._written is None:
             return
         # Stochastic and exponential weight averaging, or a callback that takes the best epoch's weights back, write
@@ -385,7 +417,7 @@ class MemorizationRemover(Callback):
                 data,
                 self.groups,
                 self._train_positions,
-                self.choose,
+                self.reporter.watching(self.choose, data),
                 self.shares,
                 self.fine_tune,
                 self.seed,

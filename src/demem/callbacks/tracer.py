@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from demem.batch import Batch, apply_model
+from demem.callbacks.figures import log_figures
 from demem.run import (
     Rows,
     RunData,
@@ -261,7 +262,8 @@ class MemorizationTracer(Callback):
             else:
                 self.report.to_parquet(folder / "units.parquet")
             mapped = next((s for s in self.scores if f"impact_typical/{s}" in self.report.columns), None)
-            self.report.figure(folder / "units.png", mapped, self.top_k)
+            self.report.figure(folder / "units.png", mapped, self.top_k, self.scores[0])
+            log_figures(trainer, {"demem/traced_units": self.report.draw(mapped, self.top_k, self.scores[0])})
             ranked = self.memorised_examples
             if ranked is not None:
                 write_examples(ranked, folder / "memorised_examples.csv")

@@ -44,6 +44,7 @@ class RoundRecord:
         weight: of an atypical example in the refit, where a typical one weighs 1.
         worst: cross-fitted accuracy on the worst (true or inferred) group of the held-out examples, a fraction.
         chosen: whether this round was kept.
+        average: cross-fitted accuracy on all held-out examples; ``None`` in a record from before it was kept.
     """
 
     refitted: bool
@@ -51,6 +52,7 @@ class RoundRecord:
     worst: float
     chosen: bool
     weight: float = 1.0
+    average: float | None = None
 
     def __repr__(self) -> str:
         refit = f"head refitted, atypical examples weighing {self.weight:g}, {self.share:.0%} of its inputs masked"
@@ -90,7 +92,8 @@ class Round:
 
     def record(self, chosen: bool, refitted: bool) -> RoundRecord:
         """What to keep of the round."""
-        return RoundRecord(refitted, self.share, self.worst, chosen, self.weight)
+        average = float(self.right.float().mean())
+        return RoundRecord(refitted, self.share, self.worst, chosen, self.weight, average)
 
     @cached_property
     def head(self) -> LinearHead:

@@ -33,6 +33,7 @@ from demem.run.loaders import (
     sampler_of,
     train_loader,
 )
+from demem.run.observing import Before, observe_after, observe_before, observe_run
 from demem.run.passes import examples, in_extra_pass, isolated_rng, undisturbed
 from demem.run.processes import gather_rows, ranks_of, validating_ranks
 from demem.run.sampling import ReweightedSampler, reweight, shuffles
@@ -40,6 +41,7 @@ from demem.run.sizes import TrainingSizes
 from demem.run.stage import is_dry_run, is_fit_validation, is_last_step, kept_checkpoints, resumed_within_epoch
 
 __all__ = [
+    "Before",
     "ReweightedSampler",
     "Rows",
     "RunData",
@@ -67,6 +69,9 @@ __all__ = [
     "kept_back_positions",
     "kept_checkpoints",
     "model_with_head",
+    "observe_after",
+    "observe_before",
+    "observe_run",
     "ranks_of",
     "read_examples",
     "read_head",

@@ -21,7 +21,7 @@ from demem.tracing.critical import CriticalUnits, critical_units
 from demem.tracing.logit_attribution import head_impact, linear_impact, linear_score
 from demem.tracing.magnitude import gradient_score, magnitude_score
 from demem.tracing.ranking import RankedExamples, average_precision, contrast, memorization_score, rank_examples
-from demem.tracing.report import UnitReport, picture_grid, trace, write_examples
+from demem.tracing.report import UnitReport, label_quadrants, picture_grid, trace, write_examples
 from demem.tracing.scores import (
     IMPACTS,
     SCORES,
@@ -59,6 +59,7 @@ __all__ = [
     "gradient_score",
     "head_impact",
     "impact_score",
+    "label_quadrants",
     "linear_impact",
     "linear_score",
     "magnitude_score",

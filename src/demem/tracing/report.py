@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from demem.tracing.capture import ALONE, Ranks
 from demem.tracing.ranking import RankedExamples
 from demem.tracing.scores import IMPACTS, impact_score, labels_and_chosen, score_units
 from demem.tracing.topk import top_units
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -81,22 +85,24 @@ class UnitReport:
         pd.DataFrame(self.rows()).to_parquet(path, index=False)
         return path
 
-    def figure(self, path: str | Path, score: str | None = None, k: int = 20) -> Path:
+    def draw(self, score: str | None = None, k: int = 20, by: str | None = None) -> Figure:
         """Draw the impact of every unit on atypical against that on typical examples, with the top units circled.
 
         A score that is not an impact on examples is drawn as its sorted values, by site.
 
         Args:
-            path: image file to write.
-            score: name of a score; the first one if ``None``.
+            score: whose impacts are drawn; the first one if ``None``.
             k: number of units to circle.
+            by: the score whose top units are circled; the drawn one if ``None``.
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         score = self.scores[0] if score is None else score
-        chosen = self.top(score, min(k, sum(len(v) for v in self.columns[score].values())))
-        canvas = Figure(figsize=(6.0, 5.0), layout="constrained")
+        by = score if by is None else by
+        k = min(k, sum(len(v) for v in self.columns[score].values()))
+        chosen = self.top(by, k)
+        canvas = Figure(figsize=(6.4, 5.2), layout="constrained")
         FigureCanvasAgg(canvas)
         axes = canvas.add_subplot()
         on_atypical = self.columns.get(f"impact_atypical/{score}")
@@ -113,17 +119,54 @@ class UnitReport:
         if on_atypical is not None:
             axes.axhline(0, color="grey", lw=0.5)
             axes.axvline(0, color="grey", lw=0.5)
+            axes.margins(0.14)
+            label_quadrants(axes)
             axes.set_xlabel("mean impact on typical examples (positive: the unit helps)")
             axes.set_ylabel("mean impact on atypical examples")
+            axes.set_title(f"Impact of units ({score}); circled: top {k} by {by}", fontsize=10)
         else:
             axes.set_xlabel("rank within the site")
             axes.set_ylabel(score)
-        axes.set_title(f"Units by {score}, top {k} circled" if on_atypical is not None else f"Units by {score}")
-        axes.legend(fontsize=6)
+            axes.set_title(f"Units by {score}", fontsize=10)
+        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        return canvas
+
+    def figure(self, path: str | Path, score: str | None = None, k: int = 20, by: str | None = None) -> Path:
+        """Write :meth:`draw` as an image file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.savefig(path, dpi=130)
+        self.draw(score, k, by).savefig(path, dpi=130)
         return path
+
+
+_QUADRANTS = (  # (x, y) in the axes' corners, horizontal and vertical alignment, words
+    ((0.99, 0.985), "right", "top", "helps everybody"),
+    ((0.01, 0.985), "left", "top", "helps the atypical only"),
+    ((0.01, 0.015), "left", "bottom", "hurts everybody"),
+    ((0.99, 0.015), "right", "bottom", "helps the typical, hurts the atypical:\nholds the shortcut"),
+)
+
+
+def label_quadrants(axes: Axes, colour: str = "grey") -> None:
+    """Write into the corners of a unit map what a unit there does, and keep the axes' crossing inside the map.
+
+    Args:
+        axes: impact on typical examples to the right, on atypical ones upwards.
+        colour: of the words.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> axes = Figure().add_subplot()
+        >>> label_quadrants(axes)
+        >>> axes.texts[0].get_text()
+        'helps everybody'
+    """
+    for (low, high), put in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        room = 0.12 * max(high, 0, high - low)
+        put(min(low, -room), max(high, room))
+    style: dict[str, Any] = {"color": colour, "fontsize": 9.5, "fontstyle": "italic", "zorder": 1}
+    for place, horizontal, vertical, words in _QUADRANTS:
+        axes.text(*place, words, ha=horizontal, va=vertical, transform=axes.transAxes, **style)
 
 
 def trace(

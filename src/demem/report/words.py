@@ -1,0 +1,334 @@
+"""The sentences of a report: what was found, how sure that is, what was done, and how to undo it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from demem.groups import Groups
+from demem.removal import RoundRecord
+from demem.report.facts import GroupFacts, ReportData, VerdictFacts
+
+CLEARLY_SURE, CLEARLY_UNSURE = 0.42, 0.28  # measured: shortcuts from .42, hard examples up to .28
+
+CONFIRMED = "a second look sides with the labels ("  # in the ``why`` of a verdict (demem.groups.judge) for a shortcut
+COSTLY = 2.0  # points of the average that a cure may cost unremarked
+
+_HEADLINES = {
+    "shortcut": "Shortcut found",
+    "label noise": "No shortcut: some labels look wrong",
+    "hard examples": "No shortcut: only hard examples",
+    "nothing": "No shortcut found",
+    "undecided": "Undecided",
+}
+_MEANINGS = {
+    "shortcut": (
+        "Something easier than the class goes along with it in most training examples. A network that is trained as "
+        "usual leans on it, memorises the examples where it fails, and gets unseen ones of that kind wrong."
+    ),
+    "label noise": (
+        "An early layer is sure of its mistakes, and a second look sides with it and not with the labels. Look at the "
+        "examples below before you train on them."
+    ),
+    "hard examples": (
+        "An early layer is unsure where it is wrong, as it is on examples that are merely difficult. No attribute "
+        "misleads it."
+    ),
+    "nothing": "An early layer makes hardly any mistakes that a better look would not make as well.",
+    "undecided": (
+        "The evidence is too thin to say whether the mistakes of an early layer are those of a shortcut. The network "
+        "was trained as usual."
+    ),
+    "known": "The groups of the held-out examples were given, and those of the training examples inferred from them.",
+}
+
+
+_ADVICE = {
+    "shortcut": (
+        "To do: look at the atypical examples, name what they share, and judge the network on new data of that kind."
+    ),
+    "label noise": "To do: check the memorised and the atypical examples for wrong labels, then train again.",
+    "hard examples": "To do: nothing about shortcuts; more data of the kind shown as atypical helps.",
+    "nothing": "To do: nothing about shortcuts.",
+    "undecided": "To do: train with more data or more held-out examples, and look again.",
+}
+
+
+@dataclass(frozen=True)
+class Words:
+    """A sentence that says it, how sure that is, and what it means.
+
+    Attributes:
+        kind: of the verdict, or ``"known"``, ``"none"``.
+        headline, sure, meaning, advice: the words.
+    """
+
+    kind: str
+    headline: str
+    sure: str
+    meaning: str
+    advice: str = ""
+
+
+def verdict_words(verdict: VerdictFacts | Groups | None) -> Words:
+    """Say what was found.
+
+    Args:
+        verdict: the detector's result, ``None`` if it did not run.
+
+    Example:
+        >>> facts = VerdictFacts("shortcut", "", "layer1", 0.05, 0.9, 0, False, True, 2)
+        >>> words = verdict_words(facts)
+        >>> words.headline, words.sure
+        ('Shortcut found', 'clear')
+    """
+    if verdict is None:
+        return Words("none", "Nothing was looked for", "", "Training did not begin, or was a dry run.")
+    if verdict.known:
+        return Words("known", "Groups were given", "", _MEANINGS["known"])
+    kind = verdict.kind
+    if kind == "undecided":
+        sure = "not sure"
+    elif kind == "nothing":
+        sure = ""
+    elif verdict.shortcut and not _confirmed(verdict):
+        sure = "likely"
+    elif verdict.shortcut or kind == "label noise":
+        sure = "clear" if verdict.sure >= CLEARLY_SURE else "close call"
+    else:
+        sure = "clear" if verdict.sure <= CLEARLY_UNSURE else "close call"
+    return Words(kind, _HEADLINES[kind], sure, _MEANINGS[kind], _ADVICE[kind])
+
+
+def evidence(verdict: VerdictFacts | Groups) -> list[str]:
+    """Why: the probe's figures, and what a second look says.
+
+    Example:
+        >>> evidence(VerdictFacts("shortcut", "", "layer1", 0.05, 0.9, 0, False, True, 2))[0][:54]
+        'A linear probe of layer1, read before training, mistak'
+    """
+    when = "before training" if verdict.epoch == 0 else f"after {_count(verdict.epoch, 'epoch')}"
+    lines = [
+        f"A linear probe of {verdict.site}, read {when}, mistakes the class of {verdict.error:.1%} of the training "
+        f"examples (mean over classes) when it is fitted without them, and is confident of {verdict.sure:.0%} of these "
+        "mistakes. Where that was measured it was confident of up to 28% for hard examples, and of 42% and more for a "
+        "shortcut."
+    ]
+    if verdict.why and verdict.shortcut and not _confirmed(verdict):
+        lines.append(
+            f"A second look does not confirm it: {verdict.why}. The groups count all the same, as a minority of this "
+            "size costs little if it was merely hard."
+        )
+    elif verdict.why:
+        lines.append(f"{verdict.why[0].upper()}{verdict.why[1:]}.")
+    return lines
+
+
+def actions(data: ReportData) -> list[str]:
+    """What was done, one sentence per step.
+
+    Example:
+        >>> actions(ReportData("Net", "today", None))
+        ['Training drew the examples as it would have without demem.', 'The network stays as it was trained.']
+    """
+    kept, steps = data.kept, []
+    if data.rebalanced:
+        steps.append("Training drew the inferred groups equally often.")
+    else:
+        steps.append("Training drew the examples as it would have without demem.")
+    if data.failed:
+        return [*steps, "The cure failed, so the network stays as it was trained; the warning in the log says why."]
+    forgetting = [t for t in data.touched if t.epoch is not None]
+    if forgetting:
+        epochs = sorted({t.epoch for t in forgetting if t.epoch is not None})
+        steps.append(f"In epoch {epochs[0]} to {epochs[-1]} units were {forgetting[0].how}.")
+    if kept is None or not kept.refitted:
+        return [*steps, "The network stays as it was trained."]
+    masked = sum(t.units for t in data.touched if t.epoch is None)
+    total = sum(t.total for t in data.touched if t.epoch is None)
+    if masked:
+        steps.append(f"{masked} of the {total} units that the head reads ({kept.share:.0%}) were masked.")
+    else:
+        steps.append("No unit was masked: with this refit, masks did not raise the worst group further.")
+    heavy = f"; atypical examples weigh {kept.weight:g} times as much" if kept.weight > 1 else ""
+    steps.append(f"The head was refitted on held-out examples, all inferred groups in equal numbers{heavy}.")
+    if data.fine_tuned_on:
+        steps.append(f"The network was fine-tuned on {data.fine_tuned_on} held-out examples, balanced over the groups.")
+    return steps
+
+
+def contradiction(data: ReportData) -> str | None:
+    """Say where true groups show a shortcut that the verdict denies: two groups of one class, each with at least 20
+    held-out examples, whose accuracies as trained differ by at least 20 points.
+
+    Example:
+        >>> make = lambda i, accuracy: GroupFacts(True, i, 0, None, False, 9, 50, 1.0, accuracy, 1.0, 1.0, 1.0)
+        >>> facts = VerdictFacts("nothing", "", "layer1", 0.01, 0.1, 0, False, False, 2)
+        >>> data = ReportData("Net", "today", facts, groups=[make(0, 0.95), make(1, 0.4)])
+        >>> contradiction(data)[:68]
+        'The groups in your batches say otherwise: within class 0 the network'
+    """
+    if data.verdict is None or data.verdict.shortcut or data.verdict.known:
+        return None
+    found = []
+    for y in {g.y for g in data.groups if g.truth and g.y is not None}:
+        measured = [
+            g for g in data.groups if g.truth and g.y == y and g.held_out >= 20 and g.held_out_before is not None
+        ]
+        accuracies = {data.group_name(g): g.held_out_before or 0.0 for g in measured}
+        if accuracies:
+            low, high = min(accuracies, key=accuracies.__getitem__), max(accuracies, key=accuracies.__getitem__)
+            found.append((accuracies[high] - accuracies[low], y, low, high))
+    difference, y, low, high = max(found, default=(0.0, 0, "", ""))
+    if y is None or difference < 0.2:
+        return None
+    return (
+        f"The groups in your batches say otherwise: within {data.class_name(y)} the network as trained differs by "
+        f"{100 * difference:.0f} points of accuracy on held-out data, between {high} and {low}. "
+        "MemorizationRemover(use_groups=True) makes use of them."
+    )
+
+
+def gap(group: GroupFacts, after: bool) -> float | None:
+    """Memorization gap: training minus held-out accuracy, a fraction.
+
+    Example:
+        >>> group = GroupFacts(False, 1, 0, 1, True, 9, 9, 1.0, 0.6, 0.9, 0.8, 0.9)
+        >>> round(gap(group, after=False), 2), round(gap(group, after=True), 2)
+        (0.4, 0.1)
+    """
+    train, held_out = (
+        (group.train_after, group.held_out_after) if after else (group.train_before, group.held_out_before)
+    )
+    return None if train is None or held_out is None else train - held_out
+
+
+def worst(groups: list[GroupFacts], fewest: int = 5) -> GroupFacts | None:
+    """The group with the lowest held-out accuracy as trained; small ones count only if there are no others.
+
+    Example:
+        >>> make = lambda i, size, accuracy: GroupFacts(False, i, 0, i, False, 9, size, 1.0, accuracy, 1.0, 1.0, 1.0)
+        >>> worst([make(0, 50, 0.9), make(1, 50, 0.6), make(2, 3, 0.0)]).index
+        1
+    """
+    measured = [g for g in groups if g.held_out_before is not None]
+    judged = [g for g in measured if g.held_out >= fewest] or measured
+    return min(judged, key=lambda g: g.held_out_before or 0.0, default=None)
+
+
+def average(data: ReportData, after: bool) -> float | None:
+    """Accuracy over all held-out examples, a fraction; ``after`` by heads that were refitted without the example.
+
+    Example:
+        >>> make = lambda i, size, b, a: GroupFacts(False, i, 0, i, False, 9, size, 1.0, b, 1.0, a, 1.0)
+        >>> data = ReportData("Net", "today", None, groups=[make(0, 90, 1.0, 0.9), make(1, 10, 0.5, 0.9)])
+        >>> round(average(data, after=False), 2), round(average(data, after=True), 2)
+        (0.95, 0.9)
+    """
+    pairs = [(g.held_out, g.held_out_after if after else g.held_out_before) for g in data.groups if not g.truth]
+    known = [(size, accuracy) for size, accuracy in pairs if size and accuracy is not None]
+    total = sum(size for size, _ in known)
+    return sum(size * accuracy for size, accuracy in known) / total if total else None
+
+
+def outcome(data: ReportData) -> str:
+    """Say what the cure gained and what it cost, so that a gain for a few is not read without the loss of the many.
+
+    Empty where nothing was refitted.
+
+    Example:
+        >>> make = lambda i, size, b, a: GroupFacts(False, i, 0, i, False, 9, size, 1.0, b, 1.0, a, 1.0)
+        >>> rounds = [RoundRecord(False, 0.0, 0.5, False), RoundRecord(True, 0.0, 0.9, True)]
+        >>> groups = [make(0, 90, 1.0, 0.9), make(1, 10, 0.5, 0.9)]
+        >>> outcome(ReportData("Net", "today", None, rounds=rounds, groups=groups))
+        'The worst group gained 40.0 points, and the average over the held-out examples lost 5.0.'
+    """
+    before, after, kept = average(data, after=False), average(data, after=True), data.kept
+    if kept is None or not kept.refitted or before is None or after is None:
+        return ""
+    worst_group, mean = 100 * (kept.worst - data.rounds[0].worst), 100 * (after - before)
+    said = f"The worst group {_change(worst_group)} points, and the average over the held-out examples {_change(mean)}."
+    if mean < -COSTLY and -mean > worst_group / 2:
+        said += (
+            " That is a high price: unless examples like the minority will be as frequent where the network is used, "
+            "it is better as it was trained."
+        )
+    return said
+
+
+def _change(points: float) -> str:
+    return f"{'gained' if points >= 0 else 'lost'} {abs(points):.1f}"
+
+
+SCORES = {
+    "typical": "logit of the label minus the largest other, of the network as trained; positive is right",
+    "atypical": "logit of the label minus the largest other, of the network as trained; negative is wrong",
+    "memorised": (
+        "how much more the ordinary units help the example, and the memorising ones fail it, than they do others; in "
+        "standard deviations, high is memorised"
+    ),
+}
+
+
+def summarise(
+    groups: Groups | None, rounds: list[RoundRecord], fine_tuned_on: int, rebalanced: bool, report: str | None = None
+) -> str:
+    """Say in five lines what was found, done and gained.
+
+    Args:
+        groups: of the run; ``None`` before training.
+        rounds: see :class:`demem.removal.RoundRecord`.
+        fine_tuned_on: held-out examples.
+        rebalanced: training draws the inferred groups equally often where they say more than the classes.
+        report: where the report is.
+
+    Example:
+        >>> print(summarise(None, [], 0, True))
+        demem: nothing was looked for (training has not begun, or was a dry run).
+    """
+    if groups is None:
+        return "demem: nothing was looked for (training has not begun, or was a dry run)."
+    words = verdict_words(groups)
+    sure = f" ({words.sure})" if words.sure else ""
+    why = f": {groups.why}" if groups.why else ""
+    kept = next((record for record in rounds if record.chosen), None)
+    what = "given" if groups.known else "inferred"
+    if groups.informative:
+        sizes = f"{', '.join(map(str, groups.sizes))} training examples in the {what} groups of class × attribute"
+    else:
+        sizes = "the inferred groups are the classes"
+    first = "training drew the groups equally often" if rebalanced and groups.informative else "trained as usual"
+    if kept is None or not kept.refitted:
+        done, gained = f"{first}; the network stays as it was trained", "the network is as it was trained"
+        if rounds and math.isfinite(rounds[0].worst):
+            gained += f"; worst {what} group {rounds[0].worst:.1%} on held-out data"
+    else:
+        masked = f"{kept.share:.0%} of the units that the head reads masked" if kept.share else "no unit masked"
+        tuned = f", fine-tuned on {fine_tuned_on} held-out examples" if fine_tuned_on else ""
+        done = f"{first}; {masked}, head refitted{tuned}"
+        gained = (
+            f"worst {what} group {rounds[0].worst:.1%} → {kept.worst:.1%}{_averages(rounds[0], kept)} on held-out data "
+            "(cross-fitted: each example judged by a head fitted without it, before the fine-tuning)"
+        )
+    lines = [
+        f"verdict  {words.headline}{sure}{why}",
+        f"groups   probe of {groups.site!r}, error {groups.error:.1%}: {sizes}",
+        f"done     {done}",
+        f"result   {gained}",
+        f"report   {report or 'none; MemorizationRemover(report=...) writes one'}",
+    ]
+    return "\n".join(f"demem: {line}" for line in lines)
+
+
+def _confirmed(verdict: VerdictFacts | Groups) -> bool:
+    return not verdict.why or CONFIRMED in verdict.why
+
+
+def _averages(trained: RoundRecord, kept: RoundRecord) -> str:
+    if trained.average is None or kept.average is None:
+        return ""
+    return f", average {trained.average:.1%} → {kept.average:.1%}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
