@@ -3,7 +3,8 @@
 These forms are read without further help: ``(x, y)``; ``(x, y, group)``; ``(x, y, metadata)`` as wilds yields it, given
 the dataset's grouper; a mapping with inputs (``x``, ``image``, ``pixel_values``, ``input_ids`` …), labels (``y``,
 ``label``, ``labels``, ``target``) and groups (``group``, ``groups``, ``g``, ``metadata``).  Other keys of a mapping are
-passed on with the inputs if the module's ``forward`` has parameters of these names (``mask``).
+passed on with the inputs if the module's ``forward`` has parameters of these names (``mask``), and all of them if it
+is ``forward(self, **inputs)``.  One-hot labels ``(B, C)`` are class indices, too.
 
 **Any other batch:** define one method on your LightningModule::
 
@@ -28,6 +29,7 @@ _CONTRACT = (
     "forward(x) must take the inputs of a batch and return logits (B, C). If it takes the whole batch or several "
     "inputs, define `unpack_batch(self, batch)` on your LightningModule; a mapping x goes in as forward(**x)."
 )
+_SINGLE_LABEL = "demem's callbacks are for single-label classification."
 _OWN = (
     "demem reads batches by a method of this name: let it take a batch and return (x, y), (x, y, group or None) or a "
     "dict with these keys. If yours serves another purpose, give it another name."
@@ -180,13 +182,24 @@ def _from_mapping(batch: Mapping[str, Any], module: nn.Module | None) -> tuple[A
     if x is None:  # a tokenizer's output: every other key is an input of the model
         known = {*_LABEL_KEYS, *_GROUP_KEYS, *_METADATA_KEYS}
         x = {k: v for k, v in batch.items() if k not in known} if "input_ids" in batch else None
-    elif module is not None and len(batch) > 2:
+    elif module is not None and (len(batch) > 2 or _takes_keywords_only(module)):
         key = next(k for k in _INPUT_KEYS if k in batch)
         names = _parameters(module)
+        if _takes_keywords_only(module):  # forward(self, **inputs)
+            known = {*_LABEL_KEYS, *_GROUP_KEYS, *_METADATA_KEYS}
+            return {k: v for k, v in batch.items() if k not in known}, y, group
         first = key if key in names else next(iter(names), key)
         others = {k: batch[k] for k in names if k in batch and k not in (first, *_LABEL_KEYS, *_GROUP_KEYS)}
         x = {first: x, **others} if others else x
     return None if x is None or y is None else (x, y, group)
+
+
+def _takes_keywords_only(module: nn.Module) -> bool:
+    try:
+        kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    except ValueError:
+        return False
+    return kinds == [inspect.Parameter.VAR_KEYWORD]
 
 
 def _parameters(module: nn.Module) -> list[str]:
@@ -204,11 +217,17 @@ def _parameters(module: nn.Module) -> list[str]:
 def _class_indices(y: Tensor) -> Tensor:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
+    elif y.ndim == 2 and y.numel() and bool(((y == 0) | (y == 1)).all() & (y.sum(1) == 1).all()):
+        y = y.argmax(1)  # one-hot
     if y.ndim != 1:
-        raise ValueError(f"Labels must be class indices of shape (B,), got {tuple(y.shape)}.")
+        raise ValueError(
+            f"Labels must be class indices of shape (B,), got {tuple(y.shape)}. {_SINGLE_LABEL} Soft labels, as MixUp "
+            "and CutMix give in a collate function, are not: mix batches in training_step instead, or define "
+            "`unpack_batch(self, batch)` on your LightningModule and return unmixed inputs and class indices."
+        )
     if y.is_floating_point():
         if not bool((y == y.round()).all()):
-            raise ValueError("Labels must be class indices, got fractional numbers.")
+            raise ValueError(f"Labels must be class indices, got fractional numbers or NaN. {_SINGLE_LABEL}")
     elif y.dtype == torch.bool:
         y = y.int()
     y = y.long()

@@ -122,8 +122,10 @@ def balanced_weights(key: Tensor, smoothing: float = 0.0) -> Tensor:
         >>> balanced_weights(torch.tensor([0, 0, 0, 0, 1]))
         tensor([0.2500, 0.2500, 0.2500, 0.2500, 1.0000])
     """
-    counts = torch.bincount(key).float()
-    return (1.0 / (counts + smoothing * len(key)).clamp_min(1e-12))[key]
+    # Not by bincount, which would allocate as many numbers as the largest key.
+    _, index, counts = torch.unique(key, return_inverse=True, return_counts=True)
+    weights: Tensor = 1.0 / (counts.float() + smoothing * len(key)).clamp_min(1e-12)
+    return weights[index]
 
 
 def few_of_each_group(group: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -134,7 +136,8 @@ def few_of_each_group(group: Tensor, size: int, generator: torch.Generator) -> T
         >>> group[few_of_each_group(group, 2, torch.Generator().manual_seed(0))]
         tensor([0, 0, 1])
     """
-    members = [(group == g).nonzero()[:, 0] for g in sorted(set(group.tolist()))]
+    _, counts = torch.unique(group, return_counts=True)
+    members = torch.split(group.argsort(stable=True), counts.tolist())
     return torch.cat([m[torch.randperm(len(m), generator=generator)[:size].to(m.device)] for m in members])
 
 
@@ -152,8 +155,8 @@ def balanced_subset(group: Tensor, generator: torch.Generator, smallest: int = 8
         >>> torch.bincount(group[chosen])
         tensor([8, 8, 3])
     """
-    counts = torch.bincount(group)
-    return few_of_each_group(group, max(smallest, int(counts[counts > 0].min())), generator)
+    _, counts = torch.unique(group, return_counts=True)
+    return few_of_each_group(group, max(smallest, int(counts.min())), generator)
 
 
 def fit_balanced(

@@ -200,7 +200,7 @@ def test_errors_come_before_training(tmp_path):
         trainer.fit(Net(), _loaders()[0])
     file = tmp_path / "taken"
     file.write_text("")
-    with pytest.raises(RuntimeError, match="cannot be written"):
+    with pytest.raises(ValueError, match="cannot be written"):
         _fit([MemorizationTracer(dirpath=str(file), memorised=0)])
     with pytest.raises(ValueError, match="needs groups"):
         _fit([MemorizationTracer(atypical="group", dirpath=str(tmp_path))])
@@ -209,7 +209,7 @@ def test_errors_come_before_training(tmp_path):
 def test_training_batches_that_cannot_be_read_cost_only_the_ranking(tmp_path):
     def collate(rows):
         x, y = (torch.stack(v) for v in zip(*rows, strict=True))
-        return x, F.one_hot(y, 2).float()  # soft labels, as mixup makes them
+        return x, 0.8 * F.one_hot(y, 2) + 0.1  # soft labels, as mixup makes them
 
     train, val = _loaders()
     tracer = MemorizationTracer(dirpath=str(tmp_path))
@@ -284,3 +284,31 @@ def test_layers_that_do_not_run_and_heads_that_do_not_decide(tmp_path):
         tracer = traced(Averaged)
     assert "projector:input" in tracer.report.columns["taylor"]
     assert tracer.memorised_examples is None
+
+
+class Inference(Net):
+    """Trains by its parts; forward is for inference."""
+
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+    def training_step(self, batch, _):
+        return F.cross_entropy(self.out(self.body(batch[0]).mean((2, 3))), batch[1])
+
+
+def test_a_network_that_cannot_be_traced_is_refused_before_it_is_trained(tmp_path):
+    trainer = _trainer([MemorizationTracer(dirpath=str(tmp_path))])
+    with pytest.raises(ValueError, match=r"MemorizationTracer: .*torch.no_grad"):
+        trainer.fit(Inference(), *_loaders())
+    assert trainer.global_step == 0
+
+
+def test_what_fails_after_training_warns(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("demem.tracing.UnitReport.to_csv", full)
+    with pytest.warns(UserWarning, match=r"writes no report, because .*No space left"):
+        _, trainer = _fit([MemorizationTracer(dirpath=str(tmp_path))])
+    assert trainer.global_step == 8

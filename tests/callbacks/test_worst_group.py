@@ -486,9 +486,9 @@ def test_an_index_in_the_place_of_groups_is_refused_before_an_epoch_is_spent():
     loader = DataLoader(TensorDataset(X.repeat(2, 1), Y.repeat(2), torch.arange(n)), batch_size=n)
     model = OwnModule()
     model.training_step = lambda batch, batch_idx: pytest.fail("training began")
-    with pytest.raises(ValueError, match="an index rather than a group"):
+    with pytest.raises(ValueError, match="rather than a group"):
         _trainer(callbacks=[WorstGroupMonitor()]).fit(model, loader, loader)
-    with pytest.raises(ValueError, match="an index rather than a group"):
+    with pytest.raises(ValueError, match="rather than a group"):
         _trainer(callbacks=[WorstGroupMonitor()]).test(model, loader, verbose=False)
 
 
@@ -631,3 +631,11 @@ def test_a_process_without_validation_batches(tmp_path, two_processes, kind):
     else:  # Lightning runs no validation hooks there
         assert other == train
         assert measured == []
+
+
+def test_what_cannot_be_read_is_refused_before_training_without_a_sanity_check():
+    loader = _loader(X, Y, 2**61 + G)
+    model = OwnModule()
+    model.training_step = lambda batch, batch_idx: pytest.fail("training began")
+    with pytest.raises(ValueError, match=r"WorstGroupMonitor: group must lie in"):
+        _trainer(callbacks=[WorstGroupMonitor()], num_sanity_val_steps=0).fit(model, loader, loader)

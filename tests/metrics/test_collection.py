@@ -81,10 +81,12 @@ def test_what_this_process_has_counted():
 def test_an_index_is_no_group():
     require_groups(torch.ones(99))
     require_groups(torch.zeros(0))
-    require_groups(torch.cat([torch.ones(99), torch.tensor([2])]))
+    require_groups(torch.cat([torch.full((50,), 2), torch.zeros(9)]))  # two of each
+    with pytest.raises(ValueError, match="101 examples have 100 groups"):  # as where a sampler fills up a batch
+        require_groups(torch.cat([torch.ones(99), torch.tensor([2])]))
     report = AccuracyReport()
     report.update(torch.zeros(100), torch.zeros(100), torch.arange(100).flip(0))
-    with pytest.raises(ValueError, match=r"Each of 100 examples has a group of its own.*return \(x, y, None\)"):
+    with pytest.raises(ValueError, match=r"100 examples have 100 groups.*return \(x, y, None\)"):
         report.compute()
 
 

@@ -3,6 +3,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from demem.run import ReweightedSampler, draws_evenly
 from demem.run.loaders import evenly_spaced
+from demem.run.sampling import draw
 
 
 def _drawn(sampler):
@@ -52,3 +53,12 @@ def test_which_samplers_draw_evenly():
     assert draws_evenly(DataLoader(data, shuffle=True))
     assert not draws_evenly(DataLoader(data, sampler=RandomSampler(data, replacement=True)))
     assert not draws_evenly(DataLoader(data, sampler=ReweightedSampler(torch.ones(10), 10)))
+
+
+def test_more_positions_than_multinomial_takes(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(torch.cat([torch.zeros(2**24), torch.tensor([1.0, 3.0, 0.0])]).double(), 4_000, generator) - 2**24
+    assert torch.allclose(torch.bincount(drawn, minlength=3) / 4_000, torch.tensor([0.25, 0.75, 0.0]), atol=0.03)
+    monkeypatch.setattr("demem.run.sampling.MULTINOMIAL_LIMIT", 2)
+    shares = torch.bincount(_drawn(ReweightedSampler(torch.tensor([0.0, 1.0, 3.0, 0.0]), 40_000)), minlength=4) / 40_000
+    assert torch.allclose(shares, torch.tensor([0.0, 0.25, 0.75, 0.0]), atol=0.01)

@@ -13,7 +13,7 @@ from torch import Tensor
 from demem.callbacks.figures import log_figures
 from demem.measures import Binning, Diversity, Reservoir, mean_mi, measure_diversity
 from demem.report import diversity_curves
-from demem.run import first_loader, gather_rows, validating_ranks
+from demem.run import first_loader, gather_rows, names_itself, validating_ranks
 from demem.sites import ActivationReader, Reduce, Site, default_sites, find_sites
 
 
@@ -120,6 +120,7 @@ class ActivationDiversityMonitor(pl.Callback):
                 f"{ranks} have validation batches. Give each of them some."
             )
 
+    @names_itself
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
         if trainer.sanity_checking or not self._all_validate:
@@ -135,6 +136,7 @@ class ActivationDiversityMonitor(pl.Callback):
         if self._reader is not None and dataloader_idx == 0:
             self._reader.__enter__()
 
+    @names_itself
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,7 @@ from demem.run import (
     RunData,
     changed_parameters,
     check_head,
+    check_inputs,
     describe_groups,
     describe_rounds,
     has_learned,
@@ -31,12 +33,14 @@ from demem.run import (
     is_last_step,
     kept_back_positions,
     kept_checkpoints,
+    names_itself,
     read_examples,
     rebalance,
     refit_for_now,
     remove_and_refit,
     restored_on_failure,
     resumed_within_epoch,
+    swapped_parameters,
     write_head,
     write_parameters,
 )
@@ -220,10 +224,12 @@ class MemorizationRemover(Callback):
 
     # When
 
+    @names_itself
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.reporter.start()
         find_head(pl_module, self.head)
 
+    @names_itself
     @timed
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         new = trainer.global_step == 0 or self.groups is None  # not resumed
@@ -235,6 +241,7 @@ class MemorizationRemover(Callback):
             return
         if new:
             self.groups, self._looks_again, self._removed_at_step, self._trained = None, False, -1, {}
+            check_inputs(data)
             check_head(trainer, pl_module, data.head_name, data.head, data.held_out.loader)
             self._look(data)
         if self.groups is not None and (trainer.global_step > 0 or not data.is_stable):  # rather than after training
@@ -430,6 +437,10 @@ class MemorizationRemover(Callback):
         self._earlier = kept_checkpoints(data.trainer)
         self._unseen = True
         self._written = data.head.weight.detach().cpu().clone()
+
+    def as_trained(self, pl_module: pl.LightningModule) -> AbstractContextManager[None]:
+        """Within this block the network is the one that training gave, before units were removed."""
+        return swapped_parameters(pl_module, self._trained)
 
     def export(self, model: nn.Module) -> nn.Module:
         """A copy of ``model`` (the LightningModule or the network in it) that is free of demem."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +13,16 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from demem.batch import Batch, apply_model
+from demem.batch import Batch, apply_model, batch_size
 from demem.callbacks.figures import log_figures
 from demem.run import (
     Rows,
     RunData,
     UnevenRows,
+    check_inputs,
     held_out_loader,
     isolated_rng,
+    names_itself,
     ranks_of,
     train_loader,
     undisturbed,
@@ -43,13 +46,19 @@ from demem.tracing import (
     linear_score,
     picture_grid,
     rank_examples,
+    select_rows,
     trace,
     write_examples,
 )
 
+_TRIED = 32  # held-out examples, before training
+_NEEDS_MISTAKES = "activation_difference"  # a few examples may have none, so this score is not tried on them
+
 
 class MemorizationTracer(Callback):
     """Score every unit by what pruning it does to held-out atypical examples; changes nothing in the model.
+
+    Beside a :class:`MemorizationRemover` it traces the network as training left it, before units are removed.
 
     Held-out examples are those of the first validation loader.  The report is a folder with
 
@@ -82,8 +91,9 @@ class MemorizationTracer(Callback):
         history: one dict for each report: ``epoch``, ``score`` and the top units as ``[site, unit, score]``.
 
     Raises:
-        ValueError: before training: an unknown score, layers that match nothing, no held-out data; when tracing: a
-            class without held-out examples, logits that are NaN, groups asked for but not there.
+        ValueError: before training: an unknown score, layers that match nothing, no held-out data, groups asked for but
+            not there, a folder that cannot be made, or a network in which a few examples cannot be traced.  What fails
+            after training (a class without held-out examples, logits that are NaN, a full disk) warns.
     """
 
     def __init__(
@@ -144,20 +154,72 @@ class MemorizationTracer(Callback):
         self.history = list(state_dict["history"])
         self._traced_step = int(state_dict["traced_step"])
 
+    @names_itself
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _sites(pl_module, self.layers, self.head)  # errors now rather than after training
         RunData(trainer, pl_module, self.head)
         if trainer.limit_val_batches == 0 or not trainer.enable_validation:
             held_out_loader(trainer)
 
+    @names_itself
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = RunData(trainer, pl_module, self.head)
+        check_inputs(data)
+        self._try(data)
+        folder = self._folder(trainer)
+        if trainer.is_global_zero:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"The tracing report cannot be written to {folder}: {error}") from error
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         every = self.every_n_epochs
         if every is not None and (trainer.current_epoch + 1) % every == 0:
-            self._trace(trainer, pl_module, trainer.current_epoch)
+            self._trace_if_possible(trainer, pl_module, trainer.current_epoch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._traced_step != trainer.global_step:
-            self._trace(trainer, pl_module, max(0, trainer.current_epoch - 1))  # it counts finished epochs by now
+            epoch = max(0, trainer.current_epoch - 1)  # it counts finished epochs by now
+            self._trace_if_possible(trainer, pl_module, epoch)
+
+    def _try(self, data: RunData) -> None:
+        """Trace a few examples now, so that a network that cannot be traced is refused before it is trained."""
+        trainer = data.trainer
+        with undisturbed(trainer, data.pl_module):
+            batch = next((batch for _, batch in data.held_out.examples()), None)
+            if not trainer.strategy.reduce_boolean_decision(batch is not None) or batch is None:
+                return
+            if self.atypical == "group" and batch.group is None:
+                raise ValueError("atypical='group' needs groups, but the validation batches carry none.")
+            few = select_rows(batch, torch.arange(min(_TRIED, batch_size(batch))))
+            everyone = torch.ones(batch_size(few), dtype=torch.bool)
+            sites = self._sites_that_run(data, data.head_name, few.x)
+            scores = [score for score in self.scores if score != _NEEDS_MISTAKES]
+            trace(data.model, sites, [few], everyone, scores=scores, ranks=ranks_of(trainer))
+
+    def _trace_if_possible(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        """Write the report on the network as training left it; what fails by now must not cost the run."""
+        with ExitStack() as stack:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if hasattr(callback, "as_trained"):
+                    stack.enter_context(callback.as_trained(pl_module))
+            try:
+                self._trace(trainer, pl_module, epoch)
+            except Exception as error:
+                rank_zero_warn(f"MemorizationTracer writes no report, because {type(error).__name__}: {error}")
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "memorization")
+
+    def _sites_that_run(self, data: RunData, head: str, x: Any) -> list[Site]:
+        sites = _sites(data.pl_module, self.layers, head)
+        if self.layers is not None:
+            return sites
+        with ActivationReader(sites, optional=True) as reader:
+            apply_model(data.model, x)
+            ran = reader.pop()
+        return [site for site in sites if site.name in ran]
 
     def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         data = RunData(trainer, pl_module, self.head)
@@ -167,12 +229,7 @@ class MemorizationTracer(Callback):
             head = data.head_name
             if self.head is None and heads and head not in heads:  # the last layer in the code serves another purpose
                 head = heads[-1]
-            sites = _sites(pl_module, self.layers, head)
-            if self.layers is None:
-                with ActivationReader(sites, optional=True) as reader:
-                    apply_model(data.model, batches[0].x)
-                    ran = reader.pop()
-                sites = [site for site in sites if site.name in ran]
+            sites = self._sites_that_run(data, head, batches[0].x)
             self.report = trace(data.model, sites, batches, mask, scores=self.scores, ranks=ranks_of(trainer))
             self.memorised_examples = None
             if self.memorised and head in heads:
@@ -181,10 +238,10 @@ class MemorizationTracer(Callback):
                 rank_zero_warn(f"{head!r} does not give the logits by itself, so training examples are not ranked.")
         self._traced_step = trainer.global_step
         self.history.append({"epoch": epoch, "score": self.scores[0], "top": self._top(self.report)})
-        root = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "memorization"  # asks all processes
+        folder = self._folder(trainer)  # asks all processes
         if trainer.is_global_zero:
             with isolated_rng():  # the pictures go through the data set's random transforms
-                self._write(trainer, Path(root), epoch)
+                self._write(trainer, folder, epoch)
 
     def _top(self, report: UnitReport) -> list[list[Any]]:
         """``[site, unit, score]`` of the top units by the first score, the highest first."""

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from demem.batch import form_of, has_group_part, unpack_batch
 from demem.metrics import AccuracyReport, require_groups
-from demem.run import TrainingSizes, find_grouper, first_loader, in_extra_pass, validating_ranks
+from demem.run import (
+    TrainingSizes,
+    find_grouper,
+    first_held_out_batch,
+    first_loader,
+    in_extra_pass,
+    names_itself,
+    validating_ranks,
+)
 from demem.sites import PredictionReader
 
 
@@ -50,8 +58,8 @@ class WorstGroupMonitor(Callback):
         history: one dict for each report: ``stage``, ``epoch`` and the values; kept in checkpoints.
 
     Raises:
-        ValueError: groups have another form than integers ``(B,)``, every example has a group of its own, a group or
-            label is out of range, or ``preds`` are no classes or scores.
+        ValueError: groups have another form than integers ``(B,)``, there are more than half as many groups as
+            examples, a group or label is out of range, or ``preds`` are no classes or scores.
         RuntimeError: no predictions were seen in a step.
     """
 
@@ -97,12 +105,15 @@ class WorstGroupMonitor(Callback):
 
     # Training
 
+    @names_itself
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reports["train"].to(pl_module.device)
         self._sizes.ask(trainer)  # again: those of a checkpoint may be of other data
         ranks = validating_ranks(trainer)
         if 0 < len(ranks) < trainer.world_size:
             self._validating = torch.distributed.new_group(ranks)
+        if not trainer.num_sanity_val_steps and trainer.global_rank in ranks and sum(trainer.num_val_batches) > 0:
+            self._try(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reports["train"].reset()
@@ -112,6 +123,7 @@ class WorstGroupMonitor(Callback):
         if self.train:
             self._predictions.start(pl_module)
 
+    @names_itself
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -136,6 +148,7 @@ class WorstGroupMonitor(Callback):
         if dataloader_idx == 0:
             self._predictions.start(pl_module)
 
+    @names_itself
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
@@ -148,6 +161,7 @@ class WorstGroupMonitor(Callback):
         if dataloader_idx == 0:
             self._count(trainer, pl_module, outputs, batch)
 
+    @names_itself
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             require_groups(self._reports["val"].group_sizes)  # before an epoch is spent
@@ -164,8 +178,22 @@ class WorstGroupMonitor(Callback):
 
     # What all stages share
 
+    def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the first validation batch now rather than after an epoch, where no sanity check has done so."""
+        batch = first_held_out_batch(trainer, pl_module)
+        if batch is not None:
+            y, group = self._unpack(trainer, pl_module, "val", batch)
+            AccuracyReport().to(y.device).update(y, y, group)
+
     def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any) -> None:
         stage = _stage(trainer)
+        y, group = self._unpack(trainer, pl_module, stage, batch)
+        self._reports[stage].update(self._predictions.read(outputs, len(y)), y, group)
+        self._predictions.stop()
+
+    def _unpack(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, batch: Any
+    ) -> tuple[Tensor, Tensor | None]:
         loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders, "test": trainer.test_dataloaders}
         _, y, group = unpack_batch(batch, pl_module, find_grouper(trainer, first_loader(loaders[stage])))
         if group is None and has_group_part(batch, pl_module):
@@ -174,8 +202,7 @@ class WorstGroupMonitor(Callback):
                 f"{stage} batches. Yield (x, y, group), give the data module a `grouper` for wilds metadata, or define "
                 "`unpack_batch(self, batch)` on your module and return (x, y, group or None)."
             )
-        self._reports[stage].update(self._predictions.read(outputs, len(y)), y, group)
-        self._predictions.stop()
+        return y, group
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         stage = _stage(trainer)

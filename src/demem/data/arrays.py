@@ -160,6 +160,11 @@ def _indices(values: Any, what: str) -> Tensor:
     found = found.squeeze(-1) if found.ndim == 2 and found.shape[1] == 1 else found
     if found.ndim != 1:
         raise ValueError(f"{what} must have the shape (N,), got {tuple(found.shape)}.")
+    if found.is_floating_point() and not bool((found == found.round()).all()):
+        raise ValueError(
+            f"{what} must be indices 0, 1, 2 …, got fractional numbers or NaN. Grouped data are for classification; "
+            "bin the values of a regression, and drop examples without a label."
+        )
     found = found.long()
     if found.numel() and int(found.min()) < 0:
         raise ValueError(f"{what} must be indices from 0 up, got {int(found.min())}.")

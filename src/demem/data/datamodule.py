@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from demem.data.arrays import GroupedDataset, Grouper, as_grouped, collate
+from demem.metrics import MAX_GROUPS
 
 HeldOut = Literal["val", "iid"]
 Sampling = Literal["shuffle", "class_balanced", "group_balanced"]
@@ -197,6 +198,11 @@ class GroupedDataModule(pl.LightningDataModule):
         present = [d for d in datasets if d is not None and len(d)]
         classes = 1 + max(int(d.y.max()) for d in present)
         groups = 1 + max(int(d.group.max()) for d in present)
+        if groups > MAX_GROUPS:
+            raise ValueError(
+                f"Groups go up to {groups - 1}, so they are identifiers. Number them 0, 1, 2 … "
+                "(torch.unique(ids, return_inverse=True))."
+            )
         self._num_classes = classes if self._num_classes is None else self._num_classes
         self._num_groups = groups if self._num_groups is None else self._num_groups
         if classes > self._num_classes or groups > self._num_groups:

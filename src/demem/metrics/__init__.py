@@ -2,6 +2,7 @@
 
 from demem.metrics.collection import AccuracyReport, require_groups, without_update_warning
 from demem.metrics.functional import (
+    MAX_GROUPS,
     adjusted_average_accuracy_compute,
     average_accuracy_compute,
     group_accuracy_compute,
@@ -18,6 +19,7 @@ from demem.metrics.group_accuracy import (
 )
 
 __all__ = [
+    "MAX_GROUPS",
     "AccuracyReport",
     "AdjustedAverageAccuracy",
     "AverageAccuracy",

@@ -20,7 +20,7 @@ from demem.metrics.group_accuracy import (
 )
 
 _TOO_MANY = 100
-"""From so many examples on, a group of its own for each of them is an index and not a group."""
+"""From so many examples on, something that takes more than half as many values is an index and not a group."""
 
 
 class AccuracyReport(nn.Module):
@@ -76,7 +76,7 @@ class AccuracyReport(nn.Module):
             in ``weights`` too, it is not listed by itself.
 
         Raises:
-            ValueError: every example has a group of its own.
+            ValueError: there are more than half as many groups as examples.
         """
         weights = torch.zeros(0) if weights is None else weights.cpu()
         self.by_group["adjusted_avg_acc"].weights = weights
@@ -128,18 +128,19 @@ def require_groups(sizes: Tensor) -> None:
         sizes: examples of each group ``(G,)``.
 
     Raises:
-        ValueError: there are at least 100 examples, and no two of them are in one group.
+        ValueError: there are at least 100 examples, and more than half as many groups.
 
     Example:
         >>> require_groups(torch.tensor([3498, 184, 56, 1057]))
         >>> require_groups(torch.ones(4795))
         Traceback (most recent call last):
-        ValueError: Each of 4795 examples has a group of its own, so the third part of the batches is an index ...
+        ValueError: 4795 examples have 4795 groups, so the third part of the batches is an index ...
     """
     examples = int(sizes.sum())
-    if examples >= _TOO_MANY and int(sizes.max()) == 1:
+    groups = int((sizes > 0).sum())
+    if examples >= _TOO_MANY and groups > examples / 2:
         raise ValueError(
-            f"Each of {examples} examples has a group of its own, so the third part of the batches is an index rather "
-            "than a group. Yield (x, y) or (x, y, group), or define `unpack_batch(self, batch)` on your module and "
-            "return (x, y, None)."
+            f"{examples} examples have {groups} groups, so the third part of the batches is an index or an identifier "
+            "rather than a group. Yield (x, y) or (x, y, group), or define `unpack_batch(self, batch)` on your module "
+            "and return (x, y, None)."
         )

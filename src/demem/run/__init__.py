@@ -17,12 +17,14 @@ from demem.run.cure import (
     refit_for_now,
     remove_and_refit,
     restored_on_failure,
+    swapped_parameters,
     trained_parameters,
     write_parameters,
 )
 from demem.run.data import Rows, RunData, Split, UnevenRows
 from demem.run.detection import describe_groups, has_learned, infer_groups_of_run
 from demem.run.head import check_head, model_with_head, read_head, write_head
+from demem.run.inputs import check_inputs
 from demem.run.loaders import (
     draws_evenly,
     find_grouper,
@@ -34,8 +36,9 @@ from demem.run.loaders import (
     train_loader,
 )
 from demem.run.observing import Before, observe_after, observe_before, observe_run
-from demem.run.passes import examples, in_extra_pass, isolated_rng, undisturbed
+from demem.run.passes import device_batches, examples, first_held_out_batch, in_extra_pass, isolated_rng, undisturbed
 from demem.run.processes import gather_rows, ranks_of, validating_ranks
+from demem.run.refusal import names_itself
 from demem.run.sampling import ReweightedSampler, reweight, shuffles
 from demem.run.sizes import TrainingSizes
 from demem.run.stage import is_dry_run, is_fit_validation, is_last_step, kept_checkpoints, resumed_within_epoch
@@ -50,11 +53,14 @@ __all__ = [
     "UnevenRows",
     "changed_parameters",
     "check_head",
+    "check_inputs",
     "describe_groups",
     "describe_rounds",
+    "device_batches",
     "draws_evenly",
     "examples",
     "find_grouper",
+    "first_held_out_batch",
     "first_loader",
     "gather_rows",
     "has_learned",
@@ -69,6 +75,7 @@ __all__ = [
     "kept_back_positions",
     "kept_checkpoints",
     "model_with_head",
+    "names_itself",
     "observe_after",
     "observe_before",
     "observe_run",
@@ -83,6 +90,7 @@ __all__ = [
     "reweight",
     "sampler_of",
     "shuffles",
+    "swapped_parameters",
     "train_loader",
     "trained_parameters",
     "undisturbed",

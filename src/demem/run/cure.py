@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from demem.batch import apply_model
 from demem.groups import Groups
 from demem.linear import LinearHead, few_of_each_group
 from demem.removal import (
@@ -25,6 +25,7 @@ from demem.removal import (
 )
 from demem.run.data import RunData
 from demem.run.head import read_head, write_head
+from demem.run.loaders import batches_of
 from demem.run.passes import undisturbed
 from demem.run.processes import copy_first
 from demem.sites import Gates, remove_gates
@@ -171,6 +172,27 @@ def write_parameters(pl_module: nn.Module, values: Mapping[str, Tensor]) -> None
 
 
 @contextmanager
+def swapped_parameters(pl_module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the parameters of these names have these values within the block.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> before = float(layer.bias)
+    >>> with swapped_parameters(layer, {"bias": torch.tensor([7.0])}):
+    ...     float(layer.bias)
+    7.0
+    >>> float(layer.bias) == before
+    True
+    """
+    parameters = dict(pl_module.named_parameters())
+    saved = {name: parameters[name].detach().clone() for name in values}
+    write_parameters(pl_module, values)
+    try:
+        yield
+    finally:
+        write_parameters(pl_module, saved)
+
+
+@contextmanager
 def restored_on_failure(
     pl_module: pl.LightningModule, consequence: str = "leaves the network as it was trained"
 ) -> Iterator[dict[str, Tensor]]:
@@ -240,6 +262,15 @@ def _fine_tune(data: RunData, held_out: Examples, positions: Tensor, gate: Tenso
     generator = torch.Generator().manual_seed(seed)
     orders = [chosen[torch.randperm(len(chosen), generator=generator)] for _ in range(passes)]
     parameters = trained_parameters(trainer, pl_module)
+    with undisturbed(trainer, pl_module, grad=True):
+        first = next(iter(split.batches_at(chosen[:2], 2)))
+        if not apply_model(data.model, first.x).requires_grad:
+            warnings.warn(
+                "MemorizationRemover does not fine-tune the network: no gradient comes through its forward, which runs "
+                "under torch.no_grad(). fine_tune=0 silences this.",
+                stacklevel=2,
+            )
+            return 0
     gates = Gates([site])  # units that are masked stay so
     gates[site.name] = gate
     try:
@@ -248,7 +279,7 @@ def _fine_tune(data: RunData, held_out: Examples, positions: Tensor, gate: Tenso
                 data.model,
                 parameters,
                 (batch for order in orders for batch in split.batches_at(order, size)),
-                steps=passes * math.ceil(len(chosen) / size),
+                steps=passes * len(batches_of(chosen, size)),
                 lr=FINE_TUNE_LR,
                 agree=trainer.strategy.reduce_boolean_decision,
             )

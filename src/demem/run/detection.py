@@ -18,6 +18,7 @@ from demem.groups import (
     probed_sites,
     second_opinion,
 )
+from demem.metrics import require_groups
 from demem.run.data import Rows, RunData
 from demem.run.head import read_head
 from demem.run.loaders import evenly_spaced
@@ -82,9 +83,25 @@ def infer_groups_of_run(
             "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set use_groups=False."
         )
     else:
-        groups = known_groups(probe, train.activations[site.name], train.y, features, held_out.y, held_out.group, epoch)
+        group = numbered(held_out.group)
+        groups = known_groups(probe, train.activations[site.name], train.y, features, held_out.y, group, epoch)
     # What follows from the groups must be the same on all processes, and rounding differs between devices.
     return data.trainer.strategy.broadcast(groups), train.position.cpu(), judged_on
+
+
+def numbered(group: Tensor) -> Tensor:
+    """The groups of some examples with indices from 0, where they are large identifiers (zip codes, hashes).
+
+    Raises:
+        ValueError: as :func:`demem.metrics.require_groups`.
+
+    Example:
+        >>> numbered(torch.tensor([80331, 10115, 80331]))
+        tensor([1, 0, 1])
+    """
+    ids, index, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    require_groups(sizes)
+    return index if int(ids[-1]) >= len(group) else group
 
 
 def _some(rows: Rows, num_classes: int) -> Tensor:

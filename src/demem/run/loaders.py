@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +14,6 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
@@ -39,10 +38,26 @@ _DRAW_FROM_ALL: tuple[type[Sampler[Any]], ...] = (
 
 
 def first_loader(loaders: Any) -> Any:
-    """The first of what a trainer holds: a loader, or a dict or list of loaders."""
+    """The first of what a trainer holds: a loader, or a dict or list of loaders (or of dicts and lists of them).
+
+    >>> first_loader({"labelled": ["a loader", "another"], "unlabelled": "a third"})
+    'a loader'
+    """
     if isinstance(loaders, dict) and loaders:
-        loaders = next(iter(loaders.values()))
-    return loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+        return first_loader(next(iter(loaders.values())))
+    return first_loader(loaders[0]) if isinstance(loaders, list | tuple) and loaders else loaders
+
+
+def as_training_batch(loaders: Any, batch: Any) -> Any:
+    """A batch of the first loader in the form in which several training loaders are read together.
+
+    >>> as_training_batch({"labelled": "a loader", "unlabelled": "another"}, "a batch")
+    {'labelled': 'a batch'}
+    """
+    if isinstance(loaders, dict) and loaders:
+        name, first = next(iter(loaders.items()))
+        return {name: as_training_batch(first, batch)}
+    return [as_training_batch(loaders[0], batch)] if isinstance(loaders, list | tuple) and loaders else batch
 
 
 def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
@@ -202,17 +217,45 @@ def evenly_spaced(values: Tensor, size: int) -> Tensor:
     return values[(2 * torch.arange(size) * (len(values) - 1) + steps) // (2 * steps)]
 
 
-def reading(loader: DataLoader[Any], positions: Tensor, size: int) -> DataLoader[Any]:
-    """A loader of the same kind that gives the examples at these positions, in this order."""
+def batches_of(positions: Tensor, size: int) -> list[Tensor]:
+    """Split positions into batches, none of which has a single example.
+
+    A lone last example joins the batch before it, as ``drop_last=True`` may guard networks that cannot take a batch of
+    one (batch norm in training, ``squeeze()``).
+
+    >>> batches_of(torch.arange(7), 3)
+    [tensor([0, 1, 2]), tensor([3, 4, 5, 6])]
+    """
+    parts = list(torch.split(positions, size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+def reading(loader: DataLoader[Any], batches: Sequence[Tensor]) -> DataLoader[Any]:
+    """A loader of the same kind that gives these batches of positions, in this order."""
     return DataLoader(
-        Subset(loader.dataset, positions.tolist()),
-        batch_size=size,
+        loader.dataset,
+        batch_sampler=_Lists(batches),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
+
+
+class _Lists(Sampler[list[int]]):
+    """Batches of positions as lists of integers, one list at a time: a list of them all would take 36 bytes a row."""
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self.batches)
 
 
 def streaming(loader: DataLoader[Any], limit: int | None) -> Iterator[Any]:

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import RunningStage
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from demem.batch import Batch, batch_size, unpack_batch
-from demem.run.loaders import batch_limit, find_grouper, has_positions, positions_drawn_from, reading, streaming
+from demem.batch import Batch, batch_size, form_of, unpack_batch
+from demem.run.loaders import (
+    as_training_batch,
+    batch_limit,
+    batches_of,
+    find_grouper,
+    has_positions,
+    held_out_loader,
+    is_training_loader,
+    positions_drawn_from,
+    reading,
+    streaming,
+)
 from demem.tracing import select_rows
 
 _extra_passes = 0
+_inputs: WeakKeyDictionary[pl.Trainer, Callable[[Any], Any]] = WeakKeyDictionary()
+
+
+def read_inputs_by(trainer: pl.Trainer, function: Callable[[Any], Any] | None) -> None:
+    """Let the passes of this trainer take inputs from a function of the batch, see :func:`demem.run.check_inputs`;
+    ``None`` takes those that the batch holds."""
+    _inputs.pop(trainer, None)
+    if function is not None:
+        _inputs[trainer] = function
 
 
 def in_extra_pass() -> bool:
@@ -95,46 +117,97 @@ def examples(
     Raises:
         ValueError: a batch has not one row for each example that it was asked for.
     """
+    for position, _, batch in device_batches(trainer, pl_module, loader, description, limit, only):
+        yield position, batch
+
+
+def device_batches(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    loader: DataLoader[Any],
+    description: str | None = None,
+    limit: int | None = None,
+    only: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Any, Batch]]:
+    """As :func:`examples`, with what a validation step would get as its batch in the middle."""
     rank, world = trainer.global_rank, trainer.world_size
-    positions, source = _source(trainer, loader, limit, only)
-    if positions is None:
+    batches, source = _source(trainer, loader, limit, only)
+    if batches is None:
         random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002 (what a stream shuffles by)
-    grouper = find_grouper(trainer, loader)
     shown = bool(description) and trainer.progress_bar_callback is not None and trainer.is_global_zero
     seen = 0
-    for raw in tqdm(source, desc=description, leave=False, disable=not shown):
-        batch = unpack_batch(to_device(trainer, raw), pl_module, grouper)
+    for i, raw in enumerate(tqdm(source, desc=description, leave=False, disable=not shown)):
+        moved = to_device(trainer, raw)
+        batch = _prepared(trainer, moved, _unpacked(trainer, pl_module, loader, moved))
         size = batch_size(batch)
-        if positions is None:
+        if batches is None:
             here = torch.arange(seen, seen + size) * world + rank
             if only is None:
-                yield here, batch
+                yield here, moved, batch
             elif bool((wanted := torch.isin(here, only)).any()):
-                yield here[wanted], select_rows(batch, wanted)
+                yield here[wanted], moved, select_rows(batch, wanted)
         else:
-            asked = positions[seen : seen + source.batch_size]
-            if len(asked) != size:
+            if len(batches[i]) != size:
                 raise ValueError(
-                    f"A batch of {len(asked)} examples has {size} rows: its collate function or unpack_batch leaves "
-                    "out, doubles or merges rows, so they cannot be told apart by their positions in the data set. "
-                    "Take damaged examples out of the data set beforehand, and yield one row per example."
+                    f"A batch of {len(batches[i])} examples has {size} rows: its collate function or unpack_batch "
+                    "leaves out, doubles or merges rows, so they cannot be told apart by their positions in the data "
+                    "set. Take damaged examples out of the data set beforehand, and yield one row per example."
                 )
-            yield asked, batch
+            yield batches[i], moved, batch
         seen += size
         # A stream may be endless.
-        if positions is None and limit is not None and seen * world >= limit:
+        if batches is None and limit is not None and seen * world >= limit:
             return
-        if positions is None and only is not None and seen * world > int(only[-1]):
+        if batches is None and only is not None and seen * world > int(only[-1]):
             return
+
+
+def first_held_out_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    """What a validation step would get as its first batch; ``None`` of a stream, which is not opened a second time."""
+    loader = held_out_loader(trainer)
+    if not has_positions(loader):
+        return None
+    first = batches_of(positions_drawn_from(trainer, loader), loader.batch_size or 64)[:1]
+    with undisturbed(trainer, pl_module):
+        return next((to_device(trainer, raw) for raw in reading(loader, first)), None)
 
 
 def batches_at(
     trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any], positions: Tensor, size: int
 ) -> Iterator[Batch]:
-    """The examples at these positions of the data set, in this order and in batches of ``size``, the same on every
-    process; call this within :func:`undisturbed`."""
-    for raw in reading(loader, positions, size):
-        yield unpack_batch(to_device(trainer, raw), pl_module)
+    """The examples at these positions of the data set, in this order and in batches of ``size`` (of one more, where a
+    single example would be left), the same on every process; call this within :func:`undisturbed`."""
+    for raw in reading(loader, batches_of(positions, size)):
+        moved = to_device(trainer, raw)
+        yield _prepared(trainer, moved, _unpacked(trainer, pl_module, loader, moved))
+
+
+def _unpacked(trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLoader[Any], batch: Any) -> Batch:
+    """Read a batch; a method ``unpack_batch`` finds the trainer in the stage of the batch, and the batch in the form
+    that a step gets."""
+    grouper, training = find_grouper(trainer, loader), is_training_loader(trainer, loader)
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.TRAINING if training else RunningStage.VALIDATING
+    try:
+        whole = as_training_batch(trainer.train_dataloader, batch) if training else batch
+        if whole is not batch and callable(getattr(pl_module, "unpack_batch", None)):
+            try:
+                return unpack_batch(whole, pl_module, grouper)
+            except (TypeError, ValueError, LookupError, AttributeError) as error:
+                raise TypeError(
+                    "Of several training loaders demem reads the first alone, as a batch that is "
+                    f"{form_of(whole)}. unpack_batch(self, batch) cannot read that "
+                    f"({type(error).__name__}: {error}); let it do without the others, and put the loader of the "
+                    "labelled examples first."
+                ) from error
+        return unpack_batch(batch, pl_module, grouper)
+    finally:
+        trainer.state.stage = stage
+
+
+def _prepared(trainer: pl.Trainer, batch: Any, unpacked: Batch) -> Batch:
+    inputs = _inputs.get(trainer)
+    return unpacked if inputs is None else unpacked._replace(x=inputs(batch))
 
 
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
@@ -151,10 +224,11 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
 
 def _source(
     trainer: pl.Trainer, loader: DataLoader[Any], limit: int | None, only: Tensor | None
-) -> tuple[Tensor | None, Any]:
-    """This process's positions, and the loader or stream that gives their examples."""
+) -> tuple[list[Tensor] | None, Any]:
+    """This process's positions in batches, and the loader or stream that gives their examples."""
     if not has_positions(loader):
         return None, streaming(loader, batch_limit(trainer, loader))
     positions = positions_drawn_from(trainer, loader, limit) if only is None else only
-    positions = positions[trainer.global_rank :: trainer.world_size]
-    return positions, reading(loader, positions, loader.batch_size or 64)
+    batches = batches_of(positions[trainer.global_rank :: trainer.world_size], loader.batch_size or 64)
+    batches = [batch for batch in batches if len(batch)]
+    return batches, reading(loader, batches)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+MULTINOMIAL_LIMIT = 2**24  # categories of torch.multinomial
+
 
 class ReweightedSampler(Sampler[int]):
     """Draws positions with replacement, in proportion to weights; every process takes its own share of the same draw.
@@ -35,8 +37,32 @@ class ReweightedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        drawn = torch.multinomial(self.weights, self.num_samples * self.world, replacement=True, generator=generator)
-        return iter(drawn[self.rank :: self.world].tolist())
+        drawn = draw(self.weights, self.num_samples * self.world, generator)[self.rank :: self.world]
+        return (position for part in torch.split(drawn, 2**16) for position in part.tolist())
+
+
+def draw(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Draw positions with replacement, in proportion to weights, of which there may be any number.
+
+    Args:
+        weights: ``(S,)`` float64, non-negative.
+        size: number of draws.
+        generator: source of the draw.
+
+    Returns:
+        ``(size,)`` int64.
+
+    Example:
+        >>> drawn = draw(torch.tensor([1.0, 0.0, 3.0]).double(), 1000, torch.Generator().manual_seed(0))
+        >>> torch.bincount(drawn)
+        tensor([254,   0, 746])
+    """
+    if len(weights) <= MULTINOMIAL_LIMIT:
+        return torch.multinomial(weights, size, replacement=True, generator=generator)
+    upper = weights.cumsum(0)  # position i is drawn by uniform numbers from upper[i − 1] up to, without, upper[i]
+    uniform = torch.rand(size, dtype=torch.float64, generator=generator) * upper[-1]
+    last = int(weights.nonzero()[-1])  # a product may be rounded up to the sum
+    return torch.searchsorted(upper, uniform, right=True).clamp_max(last)
 
 
 def shuffles(loader: DataLoader[Any]) -> bool:

@@ -13,8 +13,10 @@ one part of a dotted name, ``**`` for any number of parts.  A suffix selects the
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +40,9 @@ _TRANSFORMERS = (
     nn.TransformerDecoderLayer,
     nn.MultiheadAttention,
 )
+
+# What lists of blocks are called: in timm, torchvision and most transformers; in BERT and its kin; T5; GPT-2.
+_BLOCKS = ("blocks", "stages", "layers", "layer", "block", "h")
 
 
 @dataclass(frozen=True)
@@ -94,19 +99,21 @@ class Site:
             result = function(first_tensor(value))
             return None if result is None else replace_first_tensor(value, result)
 
-        return self.register(lambda module, *call: edit(call[-1]), prepend)
+        if self.side == "output":
+            return self.module.register_forward_hook(lambda module, args, output: edit(output), prepend=prepend)
+        return self.register(lambda module, args, kwargs: edit_call(module, args, kwargs, edit), prepend)
 
     def register(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
         """Register one of torch's own hooks on the site's side.
 
         Args:
-            hook: ``(module, args, output)`` on the output side, ``(module, args)`` on the input side.  A module-level
-                function survives ``copy.deepcopy`` and pickling of the model.
+            hook: ``(module, args, output)`` on the output side, ``(module, args, kwargs)`` on the input side.  A
+                module-level function survives ``copy.deepcopy`` and pickling of the model.
             prepend: run before the hooks that are already registered.
         """
         if self.side == "output":
             return self.module.register_forward_hook(hook, prepend=prepend)
-        return self.module.register_forward_pre_hook(hook, prepend=prepend)
+        return self.module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True)
 
     def require_num_units(self) -> int:
         """Return ``num_units``.
@@ -264,9 +271,9 @@ def find_head(model: nn.Module, name: str | None = None) -> tuple[str, nn.Linear
 def default_sites(model: nn.Module, head: str | None = None) -> list[Site]:
     """Choose sites where the user names none.
 
-    They are the blocks or stages of a timm or torchvision model and the head's input; in a plain network the outputs of
-    its convolutions and linear layers except the head, and the head's input.  Some may not run in the forward pass (a
-    projector for another loss), so read them with ``optional=True``.
+    They are the blocks or stages of a timm, torchvision or transformers model and the head's input; in a plain network
+    the outputs of its convolutions and linear layers except the head, and the head's input.  Some may not run in the
+    forward pass (a projector for another loss), so read them with ``optional=True``.
 
     Args:
         model: any module with a linear head.
@@ -286,7 +293,7 @@ def default_sites(model: nn.Module, head: str | None = None) -> list[Site]:
     for name, module in layers.items():
         parent, _, last = name.rpartition(".")
         container = parent.rpartition(".")[2]
-        is_block = container in ("blocks", "stages", "layers") and last.isdigit()
+        is_block = container in _BLOCKS and last.isdigit()
         is_stage = re.fullmatch(r"layer\d+", last) is not None
         nested = any(name.startswith(s.name + ".") for s in sites)
         if (is_block or is_stage) and not nested and any(True for _ in module.children()):
@@ -333,7 +340,9 @@ def _make_site(layers: Mapping[str, nn.Module], name: str, suffix: str) -> Site:
 
 
 def _batch_first(layers: Mapping[str, nn.Module], name: str) -> bool:
-    """Return False inside a transformer of torch's own whose attention has the sequence first."""
+    """Return False for a recurrent layer, or inside a transformer of torch's own, that has the sequence first."""
+    if isinstance(layers[name], nn.RNNBase):
+        return bool(layers[name].batch_first)
     parts = name.split(".")
     around = [layers.get(".".join(parts[: i + 1])) for i in range(len(parts))]
     attention = [m for a in around if isinstance(a, _TRANSFORMERS) for m in a.modules()]
@@ -437,6 +446,30 @@ def replace_first_tensor(value: object, tensor: Tensor) -> object:
     if isinstance(value, list):
         return [replace_first_tensor(value[0], tensor), *value[1:]]
     raise TypeError(f"Expected a tensor or a container whose first item is one, got {type(value).__name__}.")
+
+
+def edit_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], edit: Callable[[object], object]
+) -> tuple[Any, Any] | None:
+    """Change the first thing that a module reads, be it passed by position or by keyword.
+
+    Args:
+        module: that is called with ``args`` and ``kwargs``.
+        edit: takes the tensor or container that the module reads and gives its replacement, or ``None`` to keep it.
+
+    Returns:
+        the new arguments, as a forward pre-hook returns them, or ``None``.
+    """
+    if args:
+        result = edit(args)
+        return None if result is None else (result, kwargs)
+    # The first parameter, not the first keyword: a block may be called block(mask=m, hidden_states=h).
+    with suppress(ValueError):  # the signature of a compiled function is unknown
+        parameters = inspect.signature(module.forward).parameters
+        kwargs = {name: kwargs[name] for name in parameters if name in kwargs} | kwargs
+    name = next(iter(kwargs))
+    result = edit(kwargs[name])
+    return None if result is None else (args, {**kwargs, name: result})
 
 
 def check_finite(tensor: Tensor, where: str) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from demem.sites.find import Site, first_tensor, own_weight, replace_first_tensor, unit_axis
+from demem.sites.find import Site, edit_call, first_tensor, own_weight, replace_first_tensor, unit_axis
 
 _BUFFER = {"output": "output_gate", "input": "input_gate"}
 _BAKEABLE_OUTPUT = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
@@ -163,8 +164,8 @@ def _gate_output(module: nn.Module, args: Any, output: Any) -> Any:
     return _multiply(module, output, "output")
 
 
-def _gate_input(module: nn.Module, args: Any) -> Any:
-    return _multiply(module, args, "input")
+def _gate_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return edit_call(module, args, kwargs, partial(_multiply, module, side="input"))
 
 
 # Functions of this module, not closures: a copied or pickled model keeps them, and they are found again by identity.
@@ -218,4 +219,5 @@ def _remove_gate(module: nn.Module, side: str) -> Tensor | None:
     hooks: dict[int, Any] = module._forward_hooks if side == "output" else module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _HOOK[side]]:
         del hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
     return gate

@@ -166,7 +166,7 @@ def atypical_by_group(y: Tensor, group: Tensor, group_counts: Tensor | None = No
     if y.shape != group.shape or y.ndim != 1:
         raise ValueError(f"Expected one group per label, got {tuple(group.shape)} and {tuple(y.shape)}.")
     if group_counts is None:
-        group_counts = torch.bincount(group)
+        _, group, group_counts = torch.unique(group, return_inverse=True, return_counts=True)
     elif group.numel() and int(group.max()) >= len(group_counts):
         raise ValueError(f"Group {int(group.max())} occurs, but group_counts has {len(group_counts)} entries.")
     minority = torch.zeros(len(group_counts), dtype=torch.bool, device=group.device)
