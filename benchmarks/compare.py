@@ -71,6 +71,12 @@ class Plan:
 
 def main(argv: list[str]) -> int:
     options, console = _parser().parse_args(argv), Console()
+    out = _writable(options.out)
+    with _alone(out):  # before torch is imported, which takes as long as a short comparison
+        return _compare(options, out, console)
+
+
+def _compare(options: argparse.Namespace, out: Path, console: Console) -> int:
     from benchmarks.experiment import Settings
     from benchmarks.report import write_report
 
@@ -78,7 +84,6 @@ def main(argv: list[str]) -> int:
     plan = make_plan(options)
     for task in plan.tasks:
         _check_files(task, settings)
-    out = _writable(options.out)
     if not options.resume:
         _put_aside(out, console)
     rows = read_jsonl(out / "results.jsonl")
@@ -356,6 +361,31 @@ def _put_aside(out: Path, console: Console) -> None:
     for name in EXTRAS:
         (out / f"{name}.jsonl").unlink(missing_ok=True)
     console.print(f"Earlier rows moved to {kept}; --resume would have added to them.")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder, or refuse it while another comparison does; a process that dies lets go of it.
+
+    Raises:
+        ValueError: another comparison writes to the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"--out {out} is in use: another comparison is running there. Name another.") from error
+        try:
+            yield
+        finally:
+            if [path.name for path in out.iterdir()] == [".lock"]:  # refused before anything was written
+                (out / ".lock").unlink()
+                out.rmdir()
 
 
 def _writable(folder: Path) -> Path:

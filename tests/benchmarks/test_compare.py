@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.__main__ import main as entry
-from benchmarks.compare import Plan, _choices, _parser, main, make_plan, run_job
+from benchmarks.compare import Plan, _alone, _choices, _parser, main, make_plan, run_job
 from benchmarks.experiment import HELD_OUT, TASKS, Experiment, Method, Outcome, Settings, Shared
 from benchmarks.report import summarise, write_report
 from benchmarks.results import append_jsonl, read_jsonl
@@ -78,6 +78,15 @@ def test_a_missing_folder_is_named(tmp_path, capsys, command):
 
 
 @pytest.mark.slow
+def test_a_folder_in_use_is_refused(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with _alone(out):
+        assert entry(["compare", "--methods", "erm", "--seeds", "1", "--epochs", "1", "--out", str(out)]) == 2
+    assert "is in use" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()  # nothing was written, and it was let go of
+
+
 def test_rows_table_figures_and_resume(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--methods", "erm,cb_llr", "--seeds", "2", "--epochs", "1", "--out", str(out)]

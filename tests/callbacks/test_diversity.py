@@ -256,3 +256,33 @@ def test_layers_that_do_not_run_are_left_out_unless_named():
     assert list(watched().latest.entropy) == ["net.0", "net.3", "fc"]
     with pytest.raises(RuntimeError, match=r"did not run in the forward pass.*projector"):
         watched(layers=["net.0", "projector"])
+
+
+@pytest.mark.parametrize("layers", [None, "no_such_layer"])
+def test_layers_that_are_not_there_are_refused_before_training(layers):
+    class Headless(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.steps = nn.Parameter(torch.randn(4, 2)), 0
+
+        def forward(self, x):
+            return x @ self.weight
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(8, 4), torch.arange(8) % 2), batch_size=4
+    )
+    module = Headless()
+    trainer = pl.Trainer(**QUIET, max_epochs=1, callbacks=[ActivationDiversityMonitor(layers=layers)])
+    with pytest.raises(ValueError, match="ActivationDiversityMonitor"):
+        trainer.fit(module, loader, loader)
+    assert module.steps == 0

@@ -111,7 +111,9 @@ class ActivationDiversityMonitor(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._all_validate = True
 
+    @names_itself
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sites(pl_module)  # refused now rather than after an epoch
         ranks = validating_ranks(trainer)
         self._all_validate = len(ranks) in (0, trainer.world_size)
         if not self._all_validate:

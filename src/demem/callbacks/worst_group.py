@@ -15,6 +15,7 @@ from demem.batch import form_of, has_group_part, unpack_batch
 from demem.metrics import AccuracyReport, require_groups
 from demem.run import (
     TrainingSizes,
+    as_validation,
     find_grouper,
     first_held_out_batch,
     first_loader,
@@ -182,7 +183,8 @@ class WorstGroupMonitor(Callback):
         """Read the first validation batch now rather than after an epoch, where no sanity check has done so."""
         batch = first_held_out_batch(trainer, pl_module)
         if batch is not None:
-            y, group = self._unpack(trainer, pl_module, "val", batch)
+            with as_validation(trainer):  # an unpack_batch may ask for the stage
+                y, group = self._unpack(trainer, pl_module, "val", batch)
             AccuracyReport().to(y.device).update(y, y, group)
 
     def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any) -> None:

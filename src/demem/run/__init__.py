@@ -36,7 +36,15 @@ from demem.run.loaders import (
     train_loader,
 )
 from demem.run.observing import Before, observe_after, observe_before, observe_run
-from demem.run.passes import device_batches, examples, first_held_out_batch, in_extra_pass, isolated_rng, undisturbed
+from demem.run.passes import (
+    as_validation,
+    device_batches,
+    examples,
+    first_held_out_batch,
+    in_extra_pass,
+    isolated_rng,
+    undisturbed,
+)
 from demem.run.processes import gather_rows, ranks_of, validating_ranks
 from demem.run.refusal import names_itself
 from demem.run.sampling import ReweightedSampler, reweight, shuffles
@@ -51,6 +59,7 @@ __all__ = [
     "Split",
     "TrainingSizes",
     "UnevenRows",
+    "as_validation",
     "changed_parameters",
     "check_head",
     "check_inputs",

@@ -210,16 +210,23 @@ def _prepared(trainer: pl.Trainer, batch: Any, unpacked: Batch) -> Batch:
     return unpacked if inputs is None else unpacked._replace(x=inputs(batch))
 
 
+@contextmanager
+def as_validation(trainer: pl.Trainer) -> Iterator[None]:
+    """Let the trainer say that it is validating."""
+    stage = trainer.state.stage
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     """The batch as a validation step would get it: converted to the precision, and on the module's device."""
-    stage = trainer.state.stage
-    trainer.validating = True  # a module may augment batches of training on their way
-    try:
+    with as_validation(trainer):  # a module may augment batches of training on their way
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-    finally:
-        trainer.state.stage = stage
 
 
 def _source(
