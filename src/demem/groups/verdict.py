@@ -62,9 +62,12 @@ Kind = Literal["shortcut", "label noise", "hard examples", "nothing", "undecided
 CONFIDENT = 0.5  # quantile of the margins of right answers from which on the probe is confident
 CELL = 20  # right answers of a class; with fewer there is nothing to compare a mistake with
 THRESHOLD = 2.5  # standard errors, of each of the two tests
+BEYOND_DOUBT = 10.0  # of the second; up to there hard examples among wrong labels may look like a minority
 EXCESS = 1.5  # times the confident mistakes that normal margins explain
 TAIL = 3.0  # times as many confident hard examples as normal margins explain are left out of the second test
 FEWEST = 5  # confident mistakes that must remain
+MOSTLY = 2 / 3  # of the systematic mistakes must be a minority's; hard examples among wrong labels look like one
+FEWEST_WRONG = 8  # of them, to say that the labels are wrong
 RIGHT_ANYWAY = 0.9  # of the mistakes: if an ordinary fit gets so many right, nothing misleads it
 MIN_SURPRISE = 0.2  # nats above 1: so many examples make less significant that it means nothing
 FEW_MISTAKES = 0.01  # of all examples
@@ -444,11 +447,13 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
         beyond = max(THRESHOLD - above, (EXCESS * explained - count) / math.sqrt(max(explained, 1.0)))
     elif len(tested) < FEWEST:
         kind, why, beyond = "hard examples", "hard examples may explain the mistakes that it is sure of", 0.0
+    elif THRESHOLD <= z < BEYOND_DOUBT and minority < MOSTLY * systematic:
+        kind, why, beyond = "undecided", "a second look sides with some labels, but most look wrong", 0.0
     elif z >= max(THRESHOLD, MIN_SURPRISE * math.sqrt(len(tested))):
         kind, why = "shortcut", "the probe is sure of its mistakes and a second look sides with the labels"
         beyond = z - THRESHOLD
-    elif z >= THRESHOLD / 2 or z_of_all >= THRESHOLD:
-        kind, why, beyond = "undecided", "a second look sides with the labels, but not clearly", 0.0
+    elif z >= THRESHOLD / 2 or z_of_all >= THRESHOLD or len(tested) < FEWEST_WRONG:
+        kind, why, beyond = "undecided", "a second look does not say clearly what the mistakes are", 0.0
     else:
         kind, why = "label noise", "the probe is sure of its mistakes and a second look agrees with it"
         beyond = THRESHOLD - z
