@@ -590,7 +590,7 @@ def test_a_checkpoint_from_before_the_refit_is_announced(tmp_path, every):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         _fit(Refits(), callbacks=[keep], enable_checkpointing=True)
-    named = [str(w.message) for w in said if "is from before the refit" in str(w.message)]
+    named = [str(w.message) for w in said if "is from before the removal" in str(w.message)]
     assert len(named) == (every == 3)
     assert all(keep.best_model_path in message for message in named)
 

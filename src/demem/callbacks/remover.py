@@ -336,8 +336,9 @@ class MemorizationRemover(Callback):
         stale = [path for path, time in kept_checkpoints(trainer).items() if self._earlier.get(path) == time]
         if stale and self._refitted:
             rank_zero_warn(
-                f"MemorizationRemover: the checkpoint {' and '.join(stale)} is from before the refit and holds the "
-                "network as it was trained. Save the one in memory with trainer.save_checkpoint(path)."
+                f"MemorizationRemover: the checkpoint {' and '.join(stale)} is from before the removal: it "
+                "holds the network of its step, with a head that was refitted for it if a validation went before. Save "
+                "the one in memory, masked and fine-tuned, with trainer.save_checkpoint(path)."
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
