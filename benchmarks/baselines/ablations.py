@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.demem import found_and_done
 from benchmarks.baselines.demem_none import KEPT_BACK
 from benchmarks.experiment import Experiment, Method, Outcome
 from demem.callbacks import MemorizationRemover
@@ -49,14 +50,7 @@ def _ablated(experiment: Experiment, kind: type[MemorizationRemover], options: d
     held_out = {"held_out": KEPT_BACK} if experiment.held_out == "none" else {}
     remover = kind(seed=experiment.seed, **held_out, **options)
     run = experiment.fit(callbacks=[remover])
-    chosen = next(r for r in remover.rounds if r.chosen)
-    config = {
-        "masked_share": chosen.share,
-        "weight": chosen.weight,
-        "refit": chosen.refitted,
-        "fine_tuned_on": remover.fine_tuned_on,
-    }
-    return Outcome(run.logits, config)
+    return Outcome(run.logits, found_and_done(remover))
 
 
 SELECTION = "as trained or refitted by held-out examples"

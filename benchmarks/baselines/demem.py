@@ -37,26 +37,35 @@ class _BeforeRemoval(pl.Callback):
 def _run(experiment: Experiment, use_groups: bool) -> Outcome:
     remover, before = MemorizationRemover(use_groups=use_groups, seed=experiment.seed), _BeforeRemoval()
     run = experiment.fit(callbacks=[before, remover, *experiment.watch()])
-    chosen, groups = next(r for r in remover.rounds if r.chosen), remover.groups
+    outcome = Outcome(run.logits, {"use_groups": use_groups, **found_and_done(remover)}, run.extras())
+    if experiment.watched:
+        after = run.features
+        run.module.load_state_dict(before.state)
+        trained = Run(run.module, run.data, 0).features
+        outcome.extras["units"] = unit_map(trained, after)
+        assert remover.groups is not None  # found_and_done has asked
+        outcome.extras["rounds"] = rounds_on_test(trained, remover, remover.groups)
+    return outcome
+
+
+def found_and_done(remover: MemorizationRemover) -> dict[str, Any]:
+    """What a remover found and did, for the row's ``config``.
+
+    Raises:
+        RuntimeError: it has not seen the start of training.
+    """
+    groups = remover.groups
     if groups is None:
         raise RuntimeError("The remover has not seen the start of training.")
+    chosen = next(r for r in remover.rounds if r.chosen)
     probe = {name: getattr(groups, name) for name in ("epoch", "site", "error", "sure", "shortcut")}
-    config = {
-        "use_groups": use_groups,
+    return {
         "masked_share": chosen.share,
         "weight": chosen.weight,
         "refit": chosen.refitted,
         "fine_tuned_on": remover.fine_tuned_on,
         "probe": {**probe, "groups": groups.sizes},
     }
-    outcome = Outcome(run.logits, config, run.extras())
-    if experiment.watched:
-        after = run.features
-        run.module.load_state_dict(before.state)
-        trained = Run(run.module, run.data, 0).features
-        outcome.extras["units"] = unit_map(trained, after)
-        outcome.extras["rounds"] = rounds_on_test(trained, remover, groups)
-    return outcome
 
 
 def rounds_on_test(trained: Features, remover: MemorizationRemover, groups: Groups) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ numbers, before the refit of its head and the fine-tuning on what was kept back.
 
 from __future__ import annotations
 
-from benchmarks.baselines.demem import _BeforeRemoval
+from benchmarks.baselines.demem import _BeforeRemoval, found_and_done
 from benchmarks.experiment import Experiment, Method, Outcome, Run
 from demem.callbacks import MemorizationRemover
 
@@ -17,18 +17,10 @@ KEPT_BACK = 0.2
 def _run(experiment: Experiment, as_trained: bool) -> Outcome:
     remover, before = MemorizationRemover(held_out=KEPT_BACK, seed=experiment.seed), _BeforeRemoval()
     run = experiment.fit(callbacks=[before, remover, *experiment.watch()])
-    if remover.groups is None:
-        raise RuntimeError("The remover has not seen the start of training.")
+    config = {"kept_back": KEPT_BACK, **found_and_done(remover)}
     if as_trained:
         run.module.load_state_dict(before.state)
-    chosen = next(r for r in remover.rounds if r.chosen)
-    config = {
-        "shortcut": remover.groups.shortcut,
-        "groups": remover.groups.sizes,
-        "kept_back": KEPT_BACK,
-        "refit": chosen.refitted and not as_trained,
-        "weight": chosen.weight,
-    }
+        config |= {"masked_share": 0.0, "refit": False, "fine_tuned_on": 0}
     return Outcome(Run(run.module, run.data, run.seconds).logits, config, run.extras())
 
 

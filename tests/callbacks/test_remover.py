@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from demem.callbacks import MemorizationRemover, WorstGroupMonitor
-from demem.groups import Groups, find_shortcut, judge
+from demem.groups import Groups, closer_look, find_shortcut
 from demem.removal import ATYPICAL_WEIGHTS, RoundRecord, choose_round, worst_group
 from demem.run import Split
 
@@ -96,8 +96,8 @@ class KeepsTheBest(MemorizationRemover):
 def _verdicts(monkeypatch, *kinds):
     """What the verdicts on the probes' mistakes say, one after the other."""
     kinds = iter(kinds)
-    judged = lambda *args: replace(judge(*args), kind=next(kinds))  # noqa: E731
-    monkeypatch.setattr("demem.run.detection.judge", judged)
+    judged = lambda *args: replace(closer_look(*args), kind=next(kinds))  # noqa: E731
+    monkeypatch.setattr("demem.run.detection.closer_look", judged)
 
 
 def _looks_twice(monkeypatch):

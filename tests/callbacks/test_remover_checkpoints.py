@@ -1,5 +1,6 @@
 """Every validation and every checkpoint sees the cured network, and training goes on from the trained one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from test_remover import QUIET, TEST, VAL, Net, _fit, _loaders, _set, _worst
 
 from demem.callbacks import MemorizationRemover
 from demem.callbacks import remover as remover_module
+from demem.removal import ATYPICAL_WEIGHTS
 
 HEAD = ("net.4.weight", "net.4.bias")
 
@@ -178,3 +180,42 @@ def test_validation_data_are_used_where_there_are_any():
     _fit(remover)
     assert remover._kept_back is None
     assert len(remover.groups.held_out) == len(VAL)
+
+
+def test_another_fold_starts_anew():
+    """Of the first fold neither the weight of atypical examples nor a failure nor an accuracy is left."""
+    remover = MemorizationRemover()
+    _fit(remover)
+    remover._weight, remover._refits, remover._worst = 30.0, False, 0.123
+    again, fresh = _Seen(), _Seen()
+    _fit(remover, callbacks=[again])
+    _fit(MemorizationRemover(), callbacks=[fresh])
+    for ours, theirs in zip(again.validated, fresh.validated, strict=True):
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_a_resumed_run_refits_with_the_weight_that_was_chosen(tmp_path, monkeypatch):
+    weights, refit = [], remover_module.refit_for_now
+
+    def noted(data, groups, choose, asked):
+        weights.append(tuple(asked))
+        head, record = refit(data, groups, choose, asked)
+        return head, replace(record, weight=3.0)
+
+    monkeypatch.setattr(remover_module, "refit_for_now", noted)
+    _fit(MemorizationRemover(), callbacks=[_keep(tmp_path)], enable_checkpointing=True)
+    assert weights == [ATYPICAL_WEIGHTS, (3.0,), (3.0,)]
+    weights.clear()
+    _fit(MemorizationRemover(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert set(weights) == {(3.0,)}
+
+
+class _ChoosesNone(MemorizationRemover):
+    def choose(self, rounds, held_out, groups):
+        return len(rounds)
+
+
+def test_a_round_that_is_not_there_is_not_kept():
+    trainer = pl.Trainer(**QUIET, max_epochs=2, callbacks=[_ChoosesNone()])
+    with pytest.warns(UserWarning, match="no refitted head in validations.*must return the index of one of the"):
+        trainer.fit(Net(), **_loaders())

@@ -34,6 +34,7 @@ from demem.run import (
     kept_back_positions,
     kept_checkpoints,
     names_itself,
+    on_root_device,
     read_examples,
     rebalance,
     refit_for_now,
@@ -58,10 +59,11 @@ class MemorizationRemover(Callback):
 
     1. *Before the first step* one pass over the training and the validation data reads pooled activations, and the
        earliest layer that predicts the class well is probed (:func:`demem.groups.find_shortcut`).  Training examples
-       that the probe confidently misclassifies are those on which the shortcut fails; class and probe together give
-       every example an inferred group.  A probe that makes many mistakes follows no shortcut; then the first epoch is
-       left alone, and the network is probed again after it, when it leans on a shortcut itself
-       (:func:`demem.groups.second_look`).  A network that is still at chance then is probed after the next epoch.
+       that the probe confidently misclassifies are those on which a shortcut fails, or have a wrong label, or are
+       hard; a closer look tells (:func:`demem.groups.closer_look`), and :meth:`demem.groups.Groups.judged` decides.  If
+       there is a shortcut, class and probe together give every example an inferred group.  If that stays open, the
+       first epoch is left alone, and the network is probed again after it, when it leans on a shortcut itself
+       (:func:`demem.groups.second_look`); one that is still at chance then is probed after the next epoch.
     2. *During training* examples are drawn so that the inferred groups count the same, unless no shortcut was found.
     3. *After the last step, before its validation* units that the head reads are scored by their impact on atypical
        held-out examples and masked in rounds, and the head is refitted on held-out examples, all inferred groups in
@@ -179,6 +181,7 @@ class MemorizationRemover(Callback):
             "fine_tuned_on": self.fine_tuned_on,
             "removed_at_step": self._removed_at_step,
             "trained": self._trained,
+            "weight": self._weight,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -191,6 +194,7 @@ class MemorizationRemover(Callback):
         self.fine_tuned_on = int(state_dict["fine_tuned_on"])
         self._removed_at_step = int(state_dict["removed_at_step"])
         self._trained = dict(state_dict["trained"])
+        self._weight = float(state_dict["weight"])
 
     def summary(self) -> str:
         """What was found, done and gained, in five lines."""
@@ -241,6 +245,7 @@ class MemorizationRemover(Callback):
             return
         if new:
             self.groups, self._looks_again, self._removed_at_step, self._trained = None, False, -1, {}
+            self._refits, self._weight, self._worst = True, 0.0, math.nan
             check_inputs(data)
             check_head(trainer, pl_module, data.head_name, data.head, data.held_out.loader)
             self._look(data)
@@ -308,10 +313,8 @@ class MemorizationRemover(Callback):
         self._restore_sampler()
         self._keep_cured(trainer, pl_module)
         if self.reporter.options is not None and not is_dry_run(trainer):
-            device = pl_module.device  # Lightning has taken the module off the accelerator by now
-            pl_module.to(trainer.strategy.root_device)
-            self.reporter.finish(self, self._data(trainer, pl_module), self._train_positions, self._trained)
-            pl_module.to(device)
+            with on_root_device(trainer, pl_module):
+                self.reporter.finish(self, self._data(trainer, pl_module), self._train_positions, self._trained)
         rank_zero_info(self.summary())
 
     @timed
@@ -323,10 +326,8 @@ class MemorizationRemover(Callback):
         data = self._data(trainer, pl_module)
         changed = not torch.equal(data.head.weight.detach().cpu(), self._written)
         if trainer.strategy.reduce_boolean_decision(changed, all=False):
-            device = pl_module.device  # Lightning has taken the module off the accelerator by now
-            pl_module.to(trainer.strategy.root_device)
-            self._remove(data)
-            pl_module.to(device)
+            with on_root_device(trainer, pl_module):
+                self._remove(data)
             warnings.warn(
                 "MemorizationRemover: another callback changed the weights when training ended, so units were removed "
                 f"anew, from the new weights, {_AFTER_VALIDATION}",
@@ -369,7 +370,8 @@ class MemorizationRemover(Callback):
         assert self.groups is not None
         self._go_on(data.pl_module)
         weights = [self._weight] if self._weight else ATYPICAL_WEIGHTS
-        with restored_on_failure(data.pl_module, "has no refitted head in validations and their checkpoints") as before:
+        consequence = "has no refitted head in validations and their checkpoints"
+        with restored_on_failure(data.pl_module, consequence, data.head) as before:
             self._refits = False
             head, record = refit_for_now(data, self.groups, self.choose, weights)
             self._weight, self._worst, self._refits = record.weight if head else 0.0, record.worst, True

@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -15,11 +16,11 @@ from demem.batch import form_of, has_group_part, unpack_batch
 from demem.metrics import AccuracyReport, require_groups
 from demem.run import (
     TrainingSizes,
-    as_validation,
     find_grouper,
     first_held_out_batch,
     first_loader,
     in_extra_pass,
+    in_stage,
     names_itself,
     validating_ranks,
 )
@@ -183,7 +184,7 @@ class WorstGroupMonitor(Callback):
         """Read the first validation batch now rather than after an epoch, where no sanity check has done so."""
         batch = first_held_out_batch(trainer, pl_module)
         if batch is not None:
-            with as_validation(trainer):  # an unpack_batch may ask for the stage
+            with in_stage(trainer, RunningStage.VALIDATING):  # an unpack_batch may ask for the stage
                 y, group = self._unpack(trainer, pl_module, "val", batch)
             AccuracyReport().to(y.device).update(y, y, group)
 

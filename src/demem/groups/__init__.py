@@ -5,14 +5,14 @@ probe says, which gives every training and every held-out example a group; :func
 made before training and one made after an epoch.  All are functions of tensors; nothing here knows a Trainer.
 
 :func:`judge` says whether the probe's mistakes are a minority, wrong labels or hard examples, of the data set and of
-each example; it needs a second predictor (:func:`second_opinion`).  :func:`detect` does all of it for a network and a
-loader, with no training.
+each example; it needs a second predictor (:func:`second_opinion`), which :func:`closer_look` makes.  :func:`detect`
+does all of it for a network and a loader, with no training.
 """
 
 from demem.groups.detect import Detection, detect, probed_sites
 from demem.groups.inferred import Groups, infer_groups, known_groups, largest_groups, second_look
 from demem.groups.probe import ShortcutProbe, class_error, find_shortcut, probe_shortcut
-from demem.groups.verdict import Verdict, judge, second_opinion, sketch
+from demem.groups.verdict import Verdict, closer_look, judge, second_opinion, sketch
 
 __all__ = [
     "Detection",
@@ -20,6 +20,7 @@ __all__ = [
     "ShortcutProbe",
     "Verdict",
     "class_error",
+    "closer_look",
     "detect",
     "find_shortcut",
     "infer_groups",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from demem.batch import apply_model, unpack_batch
 from demem.groups.inferred import Groups, infer_groups
 from demem.groups.probe import find_shortcut
-from demem.groups.verdict import Verdict, judge, second_opinion, sketch
+from demem.groups.verdict import Verdict, closer_look, sketch
 from demem.sites import ActivationReader, Site, check_finite, default_sites, find_head, find_sites
 from demem.tracing import evaluating
 
@@ -118,9 +118,7 @@ def detect(
             f"{counts.tolist()}. Shuffle the data, read more examples, or name the head."
         )
     probe = find_shortcut(features, y, classes)
-    seen, named = [*features.values(), *sketches], probe.logits.argmax(1)
-    balanced, plain = (second_opinion(seen, y, attribute, classes) for attribute in (named, y))
-    verdict = judge(probe.logits, balanced, y, plain)
+    verdict = closer_look(probe.logits, [*features.values(), *sketches], y, classes)
     none = torch.zeros(0, dtype=torch.long)
     groups = infer_groups(probe, y, features[probe.site][:0], none.to(y.device))
     return Detection(groups.judged(verdict), verdict)

@@ -197,6 +197,7 @@ def second_opinion(
     max_examples: int = FITTED_ON,
     k: int = 5,
     seed: int = 0,
+    kernel: Tensor | None = None,
 ) -> Tensor:
     r"""Class scores of every example from a kernel ridge regression that was fitted without it.
 
@@ -218,6 +219,7 @@ def second_opinion(
             S, time with its third power.
         k: folds.
         seed: of the folds and the draw.
+        kernel: ``(S, S)`` of all examples, if it is there already and all are fitted.
 
     Returns:
         ``(S, C)``.
@@ -248,7 +250,7 @@ def second_opinion(
     others[fitted] = False
     # Drawn without replacement, a small group is exhausted; weights balance what came out.
     share = balanced_weights((y * num_classes + attribute)[fitted], smoothing)
-    inner = _kernel(layers, fitted, fitted)
+    inner = kernel if kernel is not None and len(fitted) == len(y) else _kernel(layers, fitted, fitted)
     scores = torch.zeros(len(y), num_classes, device=y.device)
 
     def fit(used: Tensor) -> tuple[Tensor, Tensor]:
@@ -367,6 +369,38 @@ def null_probability(p: Tensor) -> Tensor:
         blocks.append(block)
     slopes = [probability / width for probability, width, size in blocks for _ in range(size)]
     return (null_share(p) / torch.tensor(slopes, device=p.device)).clamp(max=1).to(p)[where]
+
+
+def closer_look(early: Tensor, features: Sequence[Tensor], y: Tensor, num_classes: int) -> Verdict:
+    """:func:`judge` what a probe gets wrong, by two second opinions on what the layers show.
+
+    One is balanced over class and probe's answer, the other is an ordinary fit.
+
+    Args:
+        early: ``(S, C)`` cross-fitted logits of the probe.
+        features: ``(S, N)`` of one or several layers, see :func:`second_opinion`.
+        y: ``(S,)`` class indices.
+        num_classes: number of classes C.
+
+    Raises:
+        ValueError: as :func:`second_opinion`.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> y = torch.arange(600) % 2
+        >>> x = torch.randn(600, 4, generator=g) + 8 * y[:, None]
+        >>> wrong = torch.rand(600, generator=g) < 0.08
+        >>> early = torch.stack([4 - x[:, 0], x[:, 0] - 4], 1)
+        >>> closer_look(early, [x], torch.where(wrong, 1 - y, y), 2).kind
+        'label noise'
+    """
+    kernel = None  # the same for both opinions, and a good part of their time
+    if features and len(y) <= FITTED_ON:
+        everyone = torch.arange(len(y), device=y.device)
+        kernel = _kernel([_standardised(layer) for layer in features], everyone, everyone)
+    attributes = early.argmax(1), y
+    balanced, plain = (second_opinion(features, y, a, num_classes, kernel=kernel) for a in attributes)
+    return judge(early, balanced, y, plain)
 
 
 def _surprise(p: Tensor) -> float:

@@ -33,6 +33,14 @@ class Examples(NamedTuple):
     y: Tensor
     group: Tensor
 
+    def atypical(self, typical: Tensor) -> Tensor:
+        """Which are not of their class's typical group: bool ``(S,)``.
+
+        Args:
+            typical: ``(C,)`` group of each class (:func:`demem.groups.largest_groups`).
+        """
+        return self.group != typical.to(self.group.device)[self.y]
+
 
 @dataclass(frozen=True)
 class RoundRecord:
@@ -171,7 +179,7 @@ def remove_in_rounds(
         )
     rounds = [as_trained(held_out, trained)]
     gate, score, width = rounds[0].gate, rounds[0].score, len(rounds[0].gate)
-    atypical = None if typical is None else _atypical(held_out, typical)
+    atypical = None if typical is None else held_out.atypical(typical)
     fewest = 0 if atypical is None else int(torch.bincount(held_out.y[atypical], minlength=num_classes).min())
     heavier = weights if fewest >= FEWEST_WEIGHED else weights[:1]
     for weight in heavier:
@@ -223,11 +231,6 @@ def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
     if any(not 0 < s < 1 for s in shares) or list(shares) != sorted(shares):
         raise ValueError(f"Masked shares must grow and lie in (0, 1), got {list(shares)}.")
     return tuple(float(s) for s in shares)
-
-
-def _atypical(held_out: Examples, typical: Tensor) -> Tensor:
-    """Which held-out examples are not of their class's typical group: bool ``(S,)``."""
-    return held_out.group != typical.to(held_out.group.device)[held_out.y]
 
 
 def clearly_better(right: Tensor, than: Tensor, cell: Tensor) -> bool:
@@ -291,7 +294,7 @@ def choose_round(
     candidates = [i for i, r in enumerate(rounds) if i > 0 and r.worst >= enough]
     smallest = min(rounds[i].share for i in candidates)
     refit = max((i for i in candidates if rounds[i].share == smallest), key=lambda i: rounds[i].worst)
-    atypical = _atypical(held_out, typical)
+    atypical = held_out.atypical(typical)
     sizes = torch.bincount(held_out.group[atypical])
     sizes = sizes[sizes > 0].float()
     scattered = len(sizes) > len(typical) and float(sizes.quantile(0.5)) < FEWEST_JUDGED

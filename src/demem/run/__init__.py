@@ -37,11 +37,11 @@ from demem.run.loaders import (
 )
 from demem.run.observing import Before, observe_after, observe_before, observe_run
 from demem.run.passes import (
-    as_validation,
     device_batches,
     examples,
     first_held_out_batch,
     in_extra_pass,
+    in_stage,
     isolated_rng,
     undisturbed,
 )
@@ -49,7 +49,14 @@ from demem.run.processes import gather_rows, ranks_of, validating_ranks
 from demem.run.refusal import names_itself
 from demem.run.sampling import ReweightedSampler, reweight, shuffles
 from demem.run.sizes import TrainingSizes
-from demem.run.stage import is_dry_run, is_fit_validation, is_last_step, kept_checkpoints, resumed_within_epoch
+from demem.run.stage import (
+    is_dry_run,
+    is_fit_validation,
+    is_last_step,
+    kept_checkpoints,
+    on_root_device,
+    resumed_within_epoch,
+)
 
 __all__ = [
     "Before",
@@ -59,7 +66,6 @@ __all__ = [
     "Split",
     "TrainingSizes",
     "UnevenRows",
-    "as_validation",
     "changed_parameters",
     "check_head",
     "check_inputs",
@@ -76,6 +82,7 @@ __all__ = [
     "has_positions",
     "held_out_loader",
     "in_extra_pass",
+    "in_stage",
     "infer_groups_of_run",
     "is_dry_run",
     "is_fit_validation",
@@ -88,6 +95,7 @@ __all__ = [
     "observe_after",
     "observe_before",
     "observe_run",
+    "on_root_device",
     "ranks_of",
     "read_examples",
     "read_head",

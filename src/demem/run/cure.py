@@ -75,9 +75,7 @@ def remove_and_refit(
         score_units=score_units,
     )
     broadcast = data.trainer.strategy.broadcast
-    chosen = broadcast(choose(rounds, held_out, groups))
-    if not isinstance(chosen, int) or not 0 <= chosen < len(rounds):
-        raise ValueError(f"choose returned {chosen!r}; it must return the index of one of the {len(rounds)} rounds.")
+    chosen = _choice(data, choose, rounds, held_out, groups)
     records = broadcast([round_.record(chosen=i == chosen, refitted=i > 0) for i, round_ in enumerate(rounds)])
     if chosen == 0:
         return records, 0
@@ -104,12 +102,8 @@ def refit_for_now(
     Raises:
         ValueError: the data are not those of the groups.
     """
-    site, broadcast = data.head_input, data.trainer.strategy.broadcast
-    rows = data.held_out.read([site], "refitting")
-    if not torch.equal(rows.y.cpu(), groups.held_out_y):
-        raise changed_data()
-    held_out = Examples(rows.activations[site.name], rows.y, groups.held_out.to(rows.y.device))
-    trained = read_head(data.head)
+    broadcast, trained = data.trainer.strategy.broadcast, read_head(data.head)
+    held_out, _ = _read_held_out(data, groups, "refitting")
     if not groups.informative:
         return None, broadcast(as_trained(held_out, trained).record(chosen=True, refitted=False))
     rounds = remove_in_rounds(
@@ -121,9 +115,27 @@ def refit_for_now(
         weights=weights,
         typical=groups.typical,
     )
-    chosen = broadcast(choose(rounds, held_out, groups))
+    chosen = _choice(data, choose, rounds, held_out, groups)
     record = broadcast(rounds[chosen].record(chosen=True, refitted=chosen > 0))
     return (broadcast(rounds[chosen].quick_head) if chosen else None), record
+
+
+def _choice(data: RunData, choose: Choose, rounds: Sequence[Round], held_out: Examples, groups: Groups) -> int:
+    """The index that ``choose`` gives, the same on all processes."""
+    chosen = data.trainer.strategy.broadcast(choose(rounds, held_out, groups))
+    if not isinstance(chosen, int) or not 0 <= chosen < len(rounds):
+        raise ValueError(f"choose returned {chosen!r}; it must return the index of one of the {len(rounds)} rounds.")
+    return chosen
+
+
+def _read_held_out(data: RunData, groups: Groups, description: str) -> tuple[Examples, Tensor]:
+    """What the head reads of the held-out examples, and their positions."""
+    site = data.head_input
+    rows = data.held_out.read([site], description)
+    if not torch.equal(rows.y.cpu(), groups.held_out_y):
+        raise changed_data()
+    held_out = Examples(rows.activations[site.name], rows.y, groups.held_out.to(rows.y.device))
+    return held_out, rows.position.cpu()
 
 
 def describe_rounds(rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
@@ -158,13 +170,15 @@ def changed_parameters(pl_module: nn.Module, before: Mapping[str, Tensor]) -> di
 
 
 def write_parameters(pl_module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy values into the parameters of these names.
+    """Copy values into the parameters of these names; there may be none.
 
     >>> layer = nn.Linear(1, 1)
     >>> write_parameters(layer, {"bias": torch.tensor([7.0])})
     >>> float(layer.bias)
     7.0
     """
+    if not values:  # before every training step but the first after a validation
+        return
     parameters = dict(pl_module.named_parameters())
     with torch.no_grad():
         for name, value in values.items():
@@ -194,7 +208,9 @@ def swapped_parameters(pl_module: nn.Module, values: Mapping[str, Tensor]) -> It
 
 @contextmanager
 def restored_on_failure(
-    pl_module: pl.LightningModule, consequence: str = "leaves the network as it was trained"
+    pl_module: pl.LightningModule,
+    consequence: str = "leaves the network as it was trained",
+    part: nn.Module | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Put the parameters back and warn where the block fails: what goes wrong after training must not cost the run.
 
@@ -203,8 +219,10 @@ def restored_on_failure(
     Args:
         pl_module: whose parameters may change.
         consequence: what the warning says of the remover.
+        part: of the module, if nothing else can change.
     """
-    before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+    own = {id(p) for p in (pl_module if part is None else part).parameters()}
+    before = {name: p.detach().clone() for name, p in pl_module.named_parameters() if id(p) in own}
     try:
         yield before
     except Exception as error:
@@ -227,19 +245,15 @@ def read_examples(data: RunData, groups: Groups, positions: Tensor, seed: int) -
     site = data.head_input
     few = few_of_each_group(groups.index, TRACED, torch.Generator().manual_seed(seed)).sort().values
     train = data.train.read([site], "tracing", only=positions[few])
-    held_out = data.held_out.read([site], "tracing")
+    held_out, held_out_positions = _read_held_out(data, groups, "tracing")
     read = train.position.cpu()
-    if not torch.equal(held_out.y.cpu(), groups.held_out_y) or not bool(torch.isin(read, positions).all()):
+    if not bool(torch.isin(read, positions).all()):
         raise changed_data()
     where = torch.searchsorted(positions, read)
     if not torch.equal(train.y.cpu(), groups.y[where]):
         raise changed_data()
-    device = train.y.device
-    return (
-        Examples(train.activations[site.name], train.y, groups.index[where].to(device)),
-        Examples(held_out.activations[site.name], held_out.y, groups.held_out.to(device)),
-        held_out.position.cpu(),
-    )
+    index = groups.index[where].to(train.y.device)
+    return Examples(train.activations[site.name], train.y, index), held_out, held_out_positions
 
 
 def changed_data() -> ValueError:

@@ -10,13 +10,11 @@ from torch import Tensor
 from demem.groups import (
     Groups,
     ShortcutProbe,
-    Verdict,
     class_error,
+    closer_look,
     infer_groups,
-    judge,
     known_groups,
     probed_sites,
-    second_opinion,
 )
 from demem.metrics import require_groups
 from demem.run.data import Rows, RunData
@@ -77,7 +75,7 @@ def infer_groups_of_run(
             seen = [*first.activations.values(), *first.sketches.values()]
             judged_on = list(before) or [rows[some] for rows in seen]
             here = torch.searchsorted(train.position, first.position[some])
-            groups = groups.judged(_verdict(probe.logits[here], judged_on, first.y[some], classes))
+            groups = groups.judged(closer_look(probe.logits[here], judged_on, first.y[some], classes))
     elif held_out.group is None:
         raise ValueError(
             "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set use_groups=False."
@@ -110,12 +108,6 @@ def _some(rows: Rows, num_classes: int) -> Tensor:
     return some[torch.bincount(rows.y[some], minlength=num_classes)[rows.y[some]] >= 2]
 
 
-def _verdict(early: Tensor, features: Sequence[Tensor], y: Tensor, num_classes: int) -> Verdict:
-    """The verdict on what the probe gets wrong of some examples, by what all layers showed of them."""
-    balanced, plain = (second_opinion(features, y, attribute, num_classes) for attribute in (early.argmax(1), y))
-    return judge(early, balanced, y, plain)
-
-
 def describe_groups(groups: Groups, looks_again: bool = False, rebalance: bool = True) -> str:
     """What was found, and what follows from it, in one line.
 
@@ -125,7 +117,7 @@ def describe_groups(groups: Groups, looks_again: bool = False, rebalance: bool =
         rebalance: training draws the groups equally often.
     """
     if looks_again:
-        found = "makes too many mistakes to follow a shortcut; the network is probed again after an epoch"
+        found = "does not say whether there is a shortcut; the network is probed again after an epoch"
     elif groups.shortcut:
         found = "follows a shortcut" + ", so that training draws the inferred groups equally often" * rebalance
     elif groups.known:

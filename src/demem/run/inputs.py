@@ -17,7 +17,7 @@ from torchmetrics import Metric
 
 from demem.batch import call_model
 from demem.run.data import RunData
-from demem.run.passes import device_batches, read_inputs_by, undisturbed
+from demem.run.passes import device_batches, in_stage, read_inputs_by, undisturbed
 from demem.sites import eager
 
 _TOLERANCE = 0.01  # of the norm; autocast and fused kernels differ by less
@@ -135,17 +135,14 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _step(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
     """Run the validation step on a shallow copy of the module, in the stage of a sanity check."""
-    step, stage = type(pl_module).validation_step, trainer.state.stage
+    step = type(pl_module).validation_step
     parameters = inspect.signature(step).parameters.values()
     taken = len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) - 1
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         taken = 2
     batch = apply_to_collection(batch, Tensor, Tensor.clone)  # a step may pop from it, or change it in place
-    trainer.state.stage = RunningStage.SANITY_CHECKING
-    try:
+    with in_stage(trainer, RunningStage.SANITY_CHECKING):
         step(_shadow(pl_module), *(batch, 0, 0)[:taken])
-    finally:
-        trainer.state.stage = stage
 
 
 def _shadow(pl_module: pl.LightningModule) -> pl.LightningModule:

@@ -186,23 +186,19 @@ def _unpacked(trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLo
     """Read a batch; a method ``unpack_batch`` finds the trainer in the stage of the batch, and the batch in the form
     that a step gets."""
     grouper, training = find_grouper(trainer, loader), is_training_loader(trainer, loader)
-    stage = trainer.state.stage
-    trainer.state.stage = RunningStage.TRAINING if training else RunningStage.VALIDATING
-    try:
+    with in_stage(trainer, RunningStage.TRAINING if training else RunningStage.VALIDATING):
         whole = as_training_batch(trainer.train_dataloader, batch) if training else batch
-        if whole is not batch and callable(getattr(pl_module, "unpack_batch", None)):
-            try:
-                return unpack_batch(whole, pl_module, grouper)
-            except (TypeError, ValueError, LookupError, AttributeError) as error:
-                raise TypeError(
-                    "Of several training loaders demem reads the first alone, as a batch that is "
-                    f"{form_of(whole)}. unpack_batch(self, batch) cannot read that "
-                    f"({type(error).__name__}: {error}); let it do without the others, and put the loader of the "
-                    "labelled examples first."
-                ) from error
-        return unpack_batch(batch, pl_module, grouper)
-    finally:
-        trainer.state.stage = stage
+        if whole is batch or not callable(getattr(pl_module, "unpack_batch", None)):
+            return unpack_batch(batch, pl_module, grouper)
+        try:
+            return unpack_batch(whole, pl_module, grouper)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise TypeError(
+                "Of several training loaders demem reads the first alone, as a batch that is "
+                f"{form_of(whole)}. unpack_batch(self, batch) cannot read that "
+                f"({type(error).__name__}: {error}); let it do without the others, and put the loader of the "
+                "labelled examples first."
+            ) from error
 
 
 def _prepared(trainer: pl.Trainer, batch: Any, unpacked: Batch) -> Batch:
@@ -211,19 +207,19 @@ def _prepared(trainer: pl.Trainer, batch: Any, unpacked: Batch) -> Batch:
 
 
 @contextmanager
-def as_validation(trainer: pl.Trainer) -> Iterator[None]:
-    """Let the trainer say that it is validating."""
-    stage = trainer.state.stage
-    trainer.validating = True
+def in_stage(trainer: pl.Trainer, stage: RunningStage) -> Iterator[None]:
+    """Let the trainer say that it is in this stage."""
+    before = trainer.state.stage
+    trainer.state.stage = stage
     try:
         yield
     finally:
-        trainer.state.stage = stage
+        trainer.state.stage = before
 
 
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     """The batch as a validation step would get it: converted to the precision, and on the module's device."""
-    with as_validation(trainer):  # a module may augment batches of training on their way
+    with in_stage(trainer, RunningStage.VALIDATING):  # a module may augment batches of training on their way
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

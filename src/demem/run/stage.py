@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,17 @@ def restart_workers(trainer: pl.Trainer) -> None:
     """Draw the epoch anew: its iterator was made before this hook, and its workers hold what the old sampler drew."""
     fetcher: Any = trainer.fit_loop._data_fetcher
     iter(fetcher)
+
+
+@contextmanager
+def on_root_device(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Have the module on the device that it was trained on: when a fit has ended, Lightning has taken it off."""
+    device = pl_module.device
+    pl_module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        pl_module.to(device)
 
 
 def kept_checkpoints(trainer: pl.Trainer) -> dict[str, float]:
