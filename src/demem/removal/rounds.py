@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from demem.linear import LinearHead, balanced_weights, crossfit, fit_balanced, fit_linear
-from demem.tracing import atypical_by_margin, linear_score, margins
+from demem.removal.budget import FOLDS, Plan, plan_fits
+from demem.tracing import atypical_by_margin, linear_score, margins, members_of
 
 ATYPICAL_WEIGHTS = (1.0, 3.0, 10.0, 30.0)
 MASKED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.86, 0.9)
 # Keeps a group of a handful of examples (label noise) from ruling a balanced fit.
 SMOOTHING = 0.02
 TRACED = 500  # training examples of each group that units and heads are traced on, where there are more
-JUDGED_SUBSETS = 5  # for each of the heads that only judge a round
 FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
 FEWEST_WEIGHED = 10  # atypical examples of a class; fewer do not say how much more they should weigh
 FEWEST_ATYPICAL = 2  # examples of a class; a head balanced on fewer follows chance
@@ -142,6 +143,10 @@ def remove_in_rounds(
     (:func:`demem.linear.fit_balanced`): the training examples are fitted already, minority and all, and say little
     about how the network meets new ones.
 
+    Where the fits would take more than minutes, as with many classes, fewer and smaller subsets are drawn, and no units
+    are masked if need be, with a warning (:func:`demem.removal.plan_fits`).  Beside the features of all examples,
+    memory holds those of at most 20,000 three times, and two arrays of logits of the held-out examples.
+
     Args:
         train: examples that the network was trained on.
         held_out: examples that it was not trained on.
@@ -182,8 +187,18 @@ def remove_in_rounds(
     atypical = None if typical is None else held_out.atypical(typical)
     fewest = 0 if atypical is None else int(torch.bincount(held_out.y[atypical], minlength=num_classes).min())
     heavier = weights if fewest >= FEWEST_WEIGHED else weights[:1]
+    sizes = torch.unique(held_out.group, return_counts=True)[1]
+    subset = int(sizes.clamp(max=max(8, int(sizes.min()))).sum())
+    plan = plan_fits(subset, len(train.y), width, num_classes, len(heavier), shares)
+    if plan.shares != tuple(shares):
+        warnings.warn(
+            f"No units are masked: with {num_classes} classes and {width} units that would take too long. shares=() "
+            "silences this.",
+            stacklevel=2,
+        )
+        shares = plan.shares
     for weight in heavier:
-        rounds.append(_judge(0.0, float(weight), gate, score, held_out, atypical, l2, num_classes))
+        rounds.append(_judge(0.0, float(weight), gate, score, held_out, atypical, l2, num_classes, plan))
     weight = max(rounds[1:], key=lambda round_: round_.worst).weight  # the first, and smallest, of equals
     if not shares:
         return rounds
@@ -200,7 +215,7 @@ def remove_in_rounds(
         gate = torch.ones_like(gate)
         gate[order[: round(share * width)]] = 0
         traced = fit_linear(train.features * gate, train.y, even, l2, num_classes)
-        rounds.append(_judge(share, weight, gate, score, held_out, atypical, l2, num_classes))
+        rounds.append(_judge(share, weight, gate, score, held_out, atypical, l2, num_classes, plan))
     return rounds
 
 
@@ -253,7 +268,7 @@ def clearly_better(right: Tensor, than: Tensor, cell: Tensor) -> bool:
         (True, False)
     """
     difference = right.float() - than.float()
-    cells = [difference[cell == k] for k in _judged(cell)]
+    cells = _judged(difference, cell)
     mean = sum(float(values.mean()) for values in cells)
     variances = [(2 + float((values - values.mean()).square().sum())) / (len(values) + 2) for values in cells]
     error = math.sqrt(sum(variance / len(values) for variance, values in zip(variances, cells, strict=True)))
@@ -302,14 +317,14 @@ def choose_round(
     if groups_known and fewest >= FEWEST_ATYPICAL and not scattered:
         return refit
     new, old, cell = rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical
-    loses = any(int(new[cell == k].sum()) < int(old[cell == k].sum()) for k in set(cell.tolist()))
+    loses = any(int(new[members].sum()) < int(old[members].sum()) for _, members in members_of(cell))
     return refit if clearly_better(new, old, cell) and (groups_known or not loses) else 0
 
 
-def _judged(group: Tensor) -> list[int]:
-    """Groups with enough examples to judge; all, if none has."""
-    counts = torch.bincount(group)
-    return (counts >= FEWEST_JUDGED).nonzero()[:, 0].tolist() or (counts > 0).nonzero()[:, 0].tolist()
+def _judged(values: Tensor, group: Tensor) -> list[Tensor]:
+    """The values of each group with enough examples to judge; of all groups, if none has."""
+    parts = [values[members] for _, members in members_of(group)]
+    return [part for part in parts if len(part) >= FEWEST_JUDGED] or parts
 
 
 def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> tuple[float, float]:
@@ -327,7 +342,7 @@ def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> tuple[float, float]
 
 
 def _worst(right: Tensor, group: Tensor) -> tuple[float, float]:
-    worst = min((right[group == g].float() for g in _judged(group)), key=lambda values: float(values.mean()))
+    worst = min(_judged(right.float(), group), key=lambda values: float(values.mean()))
     return float(worst.mean()), _standard_error(float(worst.mean()), len(worst))
 
 
@@ -346,18 +361,31 @@ def _judge(
     atypical: Tensor | None,
     l2: float,
     num_classes: int,
+    plan: Plan,
 ) -> Round:
-    x, y, group = held_out.features * gate, held_out.y, held_out.group
+    features, y, group = held_out
     weights = None if atypical is None or weight == 1 else torch.where(atypical, weight, 1.0)
     heads: list[LinearHead] = []
+    masked = gate if bool((gate == 0).any()) else None
 
-    def fit(used: Tensor) -> LinearHead:
-        some = None if weights is None else weights[used]
-        heads.append(fit_balanced(x[used], y[used], group[used], l2, num_classes, subsets=JUDGED_SUBSETS, weights=some))
+    def fit(subsets: int, used: Tensor | None = None) -> LinearHead:  # masks its subsets: no masked copy of all features
+        return fit_balanced(
+            features,
+            y,
+            group,
+            l2,
+            num_classes,
+            subsets=subsets,
+            weights=weights,
+            used=used,
+            gate=masked,
+            most=plan.most,
+        )
+
+    def judged(used: Tensor) -> LinearHead:
+        heads.append(fit(plan.judged, used))
         return heads[-1]
 
-    def refit() -> LinearHead:  # masks anew: a masked copy of the features for each round would be much to keep
-        return fit_balanced(held_out.features * gate, y, group, l2, num_classes, weights=weights)
-
-    right = crossfit(x, y, fit, num_classes, group=group).argmax(1) == y
-    return Round(share, weight, gate, score, right, *_worst(right, group), refit, heads)
+    # A head's weight is 0 at masked units, so that it may read features that are not masked.
+    right = crossfit(features, y, judged, num_classes, FOLDS, group=group).argmax(1) == y
+    return Round(share, weight, gate, score, right, *_worst(right, group), lambda: fit(plan.kept), heads)
