@@ -368,7 +368,7 @@ def _judge(
     heads: list[LinearHead] = []
     masked = gate if bool((gate == 0).any()) else None
 
-    def fit(subsets: int, used: Tensor | None = None) -> LinearHead:  # masks its subsets: no masked copy of all features
+    def fit(subsets: int, used: Tensor | None = None) -> LinearHead:  # masks its subsets, and not a copy of everything
         return fit_balanced(
             features,
             y,
