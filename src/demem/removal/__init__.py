@@ -27,13 +27,13 @@ from demem.removal.forget import (
 )
 from demem.removal.information import attribute_information, group_moments, information_gradient
 from demem.removal.interventions import apply, intervene, intervene_weights
+from demem.removal.joint import Examples, purify
 from demem.removal.rewind import Harm, balanced_losses, harm_scores, rewind, rewindable_sites
 from demem.removal.rounds import (
     ATYPICAL_WEIGHTS,
     MASKED_SHARES,
     SMOOTHING,
     TRACED,
-    Examples,
     Round,
     RoundRecord,
     as_trained,
@@ -75,6 +75,7 @@ __all__ = [
     "intervene",
     "intervene_weights",
     "most_informed",
+    "purify",
     "remove_in_rounds",
     "rewind",
     "rewindable_sites",
