@@ -24,7 +24,7 @@ ALL_SUBSETS = 20  # for each of the heads that may be kept
 TRACED = 500  # training examples of each group that units and heads are traced on, where there are more
 FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
 FEWEST_WEIGHED = 10  # atypical examples of a class; fewer do not say how much more they should weigh
-JOINT_WEIGHT = 10.0  # of an atypical example where training examples are fitted as well
+JOINT_WEIGHTS = (10.0, 3.0, 1.0)  # of an atypical example where training examples are fitted as well
 FEWEST_ATYPICAL = 2  # examples of a class; a head balanced on fewer follows chance
 ONE_SIDED = 1.645  # standard errors: 5%
 
@@ -125,7 +125,9 @@ def remove_in_rounds(
     With ``join``, and where a class has fewer atypical examples held out than traced in training, the head is the mean
     of this one and another that is fitted on the training examples as well, in which atypical examples weigh 10 and
     the groups of both are purer (:func:`purify`).  Where a class has fewer than 10 atypical ones held out, it is the
-    latter alone.  The weight is chosen without training examples, which the network has fitted.
+    latter alone.  Weights of 3 and 1 follow, and then no training examples, where the cross-fitted accuracy on the
+    worst group falls by more than a standard error.  The first head's weight is chosen without training examples, which
+    the network has fitted.
 
     Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
     the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
@@ -176,19 +178,25 @@ def remove_in_rounds(
     atypical = None if typical is None else held_out.atypical(typical)
     fewest = 0 if typical is None else held_out.fewest_atypical(typical)
     joint: list[_Source] = []
+
+    def judge(share: float, weight: float) -> Round:
+        own = [] if joint and fewest < FEWEST_WEIGHED else [_Source(held_out, atypical, weight)]
+        return _judge(share, weight, gate, score, held_out, [*own, *joint], l2, num_classes)
+
+    tried = [judge(0.0, float(w)) for w in (weights if fewest >= FEWEST_WEIGHED else weights[:1])]
+    best = max(tried, key=lambda round_: round_.worst)  # the first, and smallest, of equals
     if join and typical is not None and fewest < train.fewest_atypical(typical):
-        seen = purify(held_out, train, typical, l2)
-        both = seen.joined(purify(train, seen, typical, l2))
-        joint = [_Source(both, both.atypical(typical), JOINT_WEIGHT)]
-    alone = bool(joint) and fewest < FEWEST_WEIGHED
-
-    def judge(share: float, weight: float, beside: Sequence[_Source]) -> Round:
-        own = [] if beside and alone else [_Source(held_out, atypical, weight)]
-        return _judge(share, weight, gate, score, held_out, [*own, *beside], l2, num_classes)
-
-    tried = [judge(0.0, float(w), ()) for w in (weights if fewest >= FEWEST_WEIGHED else weights[:1])]
-    weight = max(tried, key=lambda round_: round_.worst).weight  # the first, and smallest, of equals
-    rounds += [judge(0.0, weight, joint)] if joint else tried
+        purer = purify(held_out, train, typical, l2)
+        both = purer.joined(purify(train, purer, typical, l2))
+        for heavier in JOINT_WEIGHTS:
+            joint = [_Source(both, both.atypical(typical), heavier)]
+            joined = judge(0.0, best.weight)
+            if joined.worst >= best.worst - best.standard_error:
+                tried = [joined]
+                break
+            joint = []
+    rounds += tried
+    weight = best.weight
     if not shares:
         return rounds
     even = balanced_weights(train.group, SMOOTHING)
