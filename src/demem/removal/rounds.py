@@ -24,7 +24,7 @@ ALL_SUBSETS = 20  # for each of the heads that may be kept
 TRACED = 500  # training examples of each group that units and heads are traced on, where there are more
 FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
 FEWEST_WEIGHED = 10  # atypical examples of a class; fewer do not say how much more they should weigh
-JOINT_WEIGHTS = (10.0, 3.0, 1.0)  # of an atypical example where training examples are fitted as well
+JOINT_WEIGHTS = (10.0, 3.0)  # of an atypical example where training examples are fitted as well
 FEWEST_ATYPICAL = 2  # examples of a class; a head balanced on fewer follows chance
 ONE_SIDED = 1.645  # standard errors: 5%
 
@@ -125,7 +125,7 @@ def remove_in_rounds(
     With ``join``, and where a class has fewer atypical examples held out than traced in training, the head is the mean
     of this one and another that is fitted on the training examples as well, in which atypical examples weigh 10 and
     the groups of both are purer (:func:`purify`).  Where a class has fewer than 10 atypical ones held out, it is the
-    latter alone.  Weights of 3 and 1 follow, and then no training examples, where the cross-fitted accuracy on the
+    latter alone.  A weight of 3 follows, and then no training examples, where the cross-fitted accuracy on the
     worst group falls by more than a standard error.  The first head's weight is chosen without training examples, which
     the network has fitted.
 
@@ -212,7 +212,7 @@ def remove_in_rounds(
         gate = torch.ones_like(gate)
         gate[order[: round(share * width)]] = 0
         traced = fit_linear(train.features * gate, train.y, even, l2, num_classes)
-        rounds.append(judge(share, weight, joint))
+        rounds.append(judge(share, weight))
     return rounds
 
 
