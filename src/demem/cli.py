@@ -88,7 +88,6 @@ def _run(given: list[str]) -> None:
                     save_config_kwargs={"overwrite": True},
                     seed_everything_default=0,
                     parser_kwargs={"exit_on_error": False},
-                    args=_with_shipped_configs(given),
                 )
             except Exception as error:
                 trainer = getattr(self, "trainer", None)
@@ -97,7 +96,7 @@ def _run(given: list[str]) -> None:
                 _fail(f"{_reason(error)} ({DEBUG}=1 shows where.)")
 
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-            self.config = parser.parse_args(args)  # Lightning warns of arguments that are not sys.argv
+            self.config = parser.parse_args(_with_shipped_configs(given))  # Lightning warns of such arguments
 
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     CommandLine()
