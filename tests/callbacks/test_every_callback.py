@@ -186,3 +186,25 @@ def test_precisions(name, precision, tmp_path):
 
 def test_the_table_names_every_callback():
     assert {type(make(".")).__name__ for make in SETTINGS.values()} == set(demem.callbacks.__all__)
+
+
+@every_callback
+@pytest.mark.parametrize("change", ["lacks", "unknown", "other kind"])
+def test_a_state_of_another_version_is_refused_with_a_reason(name, change, tmp_path):
+    callback = SETTINGS[name](tmp_path)
+    state = callback.state_dict() | {"version": "9.9"}
+    key = next(iter(state))
+    if change == "lacks":
+        del state[key]
+    elif change == "unknown":
+        key = "from_the_future"
+        state[key] = 1
+    else:
+        state[key] = 7  # neither groups nor a history
+    message = f"{type(callback).__name__} cannot read its state.*demem 9.9.*Resume with the version that wrote it"
+    with pytest.raises(ValueError, match=message) as refused:
+        callback.load_state_dict(state)
+    assert change == "other kind" or repr(key) in str(refused.value)
+    state = SETTINGS[name](tmp_path).state_dict()
+    del state["version"]
+    callback.load_state_dict(state)  # of a version that did not write it down
