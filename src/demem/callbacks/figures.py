@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def log_figures(trainer: pl.Trainer, figures: Mapping[str, Callable[[], Figure | None]]) -> None:
-    """Draw figures for every logger that takes some: ``experiment.add_figure`` (TensorBoard) or ``log_image`` (Weights &
-    Biases and others); others are left alone, and nothing is drawn for them."""
+    """Draw figures for every logger that takes some: ``experiment.add_figure`` (TensorBoard) or ``log_image`` (Weights
+    & Biases and others); others are left alone, and nothing is drawn for them."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         for name, draw in figures.items():
             try:
