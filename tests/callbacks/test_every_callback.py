@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+from datetime import timedelta
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from test_remover import MANY, TEST, TRAIN, Net, _fit, _loaders, _Save
-from torch.utils.data import DataLoader
+from torch.multiprocessing import ProcessRaisedException
+from torch.utils.data import DataLoader, Subset
 
 import demem.callbacks
 from demem.callbacks import (
@@ -208,3 +211,34 @@ def test_a_state_of_another_version_is_refused_with_a_reason(name, change, tmp_p
     state = SETTINGS[name](tmp_path).state_dict()
     del state["version"]
     callback.load_state_dict(state)  # of a version that did not write it down
+
+
+class _UnevenNet(Net):
+    """The second process has nothing to validate on."""
+
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def train_dataloader(self):
+        return DataLoader(TRAIN, 32, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(Subset(MANY, range(0 if self.trainer.global_rank else len(MANY))), 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["remover", "tracer"])
+def test_a_process_without_validation_batches_is_refused_before_training(name, tmp_path, two_processes):
+    start_method = two_processes["strategy"].removeprefix("ddp_")
+    strategy = DDPStrategy(start_method=start_method, process_group_backend="gloo", timeout=timedelta(seconds=60))
+    trainer = pl.Trainer(
+        **two_processes | {"strategy": strategy},
+        callbacks=[SETTINGS[name](tmp_path)],
+        use_distributed_sampler=False,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(ProcessRaisedException, match=r"(Remover|Tracer): .*no (held-out )?examples"):
+        trainer.fit(_UnevenNet())

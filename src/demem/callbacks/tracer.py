@@ -194,7 +194,10 @@ class MemorizationTracer(Callback):
         with undisturbed(trainer, data.pl_module):
             batch = next((batch for _, batch in data.held_out.examples()), None)
             if not trainer.strategy.reduce_boolean_decision(batch is not None) or batch is None:
-                return
+                raise ValueError(
+                    "A process has no held-out examples, and tracing needs some on each: give every process validation "
+                    "batches."
+                )
             if self.atypical == "group" and batch.group is None:
                 raise ValueError("atypical='group' needs groups, but the validation batches carry none.")
             few = select_rows(batch, torch.arange(min(_TRIED, batch_size(batch))))
@@ -212,9 +215,7 @@ class MemorizationTracer(Callback):
             try:
                 self._trace(trainer, pl_module, epoch)
             except Exception as error:
-                rank_zero_warn(
-                    f"MemorizationTracer does not finish its report, because {type(error).__name__}: {error}"
-                )
+                rank_zero_warn(f"MemorizationTracer writes no report, because {type(error).__name__}: {error}")
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "memorization")
