@@ -216,7 +216,9 @@ def test_a_state_of_another_version_is_refused_with_a_reason(name, change, tmp_p
 class _UnevenNet(Net):
     """The second process has nothing to validate on."""
 
-    allow_zero_length_dataloader_with_multiple_devices = True
+    def __init__(self):
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def train_dataloader(self):
         return DataLoader(TRAIN, 32, shuffle=True)
