@@ -232,6 +232,8 @@ def _run(
             row, extras = run_job(job, plan, progress.told(settings, str(job)), shared)
             _write(out, row, extras)
             progress.advance()
+            if not console.is_terminal:  # the bar is not shown in a pipe or a file
+                console.print(f"{progress.done}/{len(jobs)} {job}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_sources(task: Task, settings: Settings, console: Console) -> None:
@@ -300,7 +302,7 @@ class _Bar:
     """The progress bar: which row is being made, and how far it is."""
 
     def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.task = progress, progress.add_task("rows", total=total)
+        self.progress, self.task, self.done = progress, progress.add_task("rows", total=total), 0
 
     def told(self, settings: Settings, name: str) -> Settings:
         """The settings, with this bar told about the progress of the row ``name``."""
@@ -313,6 +315,7 @@ class _Bar:
 
     def advance(self) -> None:
         self.progress.advance(self.task)
+        self.done += 1
 
     def _show(self, text: str) -> None:
         self.progress.update(self.task, description=text)

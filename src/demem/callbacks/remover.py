@@ -24,6 +24,7 @@ from demem.run import (
     changed_parameters,
     check_head,
     check_inputs,
+    checks_version,
     describe_groups,
     describe_rounds,
     has_learned,
@@ -42,6 +43,7 @@ from demem.run import (
     restored_on_failure,
     resumed_within_epoch,
     swapped_parameters,
+    with_version,
     write_head,
     write_parameters,
 )
@@ -171,6 +173,7 @@ class MemorizationRemover(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(head=self.head, use_groups=self.use_groups, rebalance=self.rebalance)
 
+    @with_version
     def state_dict(self) -> dict[str, Any]:
         return {
             "groups": None if self.groups is None else self.groups.state_dict(),
@@ -184,6 +187,7 @@ class MemorizationRemover(Callback):
             "weight": self._weight,
         }
 
+    @checks_version
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["groups"]
         self.groups = None if groups is None else Groups(**groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +21,14 @@ from demem.run import (
     RunData,
     UnevenRows,
     check_inputs,
+    checks_version,
     held_out_loader,
     isolated_rng,
     names_itself,
     ranks_of,
     train_loader,
     undisturbed,
+    with_version,
 )
 from demem.sites import (
     ActivationReader,
@@ -147,9 +150,11 @@ class MemorizationTracer(Callback):
             layers=self.layers, scores=self.scores, atypical=self.atypical, share=self.share, dirpath=self.dirpath
         )
 
+    @with_version
     def state_dict(self) -> dict[str, Any]:
         return {"history": list(self.history), "traced_step": self._traced_step}
 
+    @checks_version
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
         self._traced_step = int(state_dict["traced_step"])
@@ -189,7 +194,10 @@ class MemorizationTracer(Callback):
         with undisturbed(trainer, data.pl_module):
             batch = next((batch for _, batch in data.held_out.examples()), None)
             if not trainer.strategy.reduce_boolean_decision(batch is not None) or batch is None:
-                return
+                raise ValueError(
+                    "A process has no held-out examples, and tracing needs some on each: give every process validation "
+                    "batches."
+                )
             if self.atypical == "group" and batch.group is None:
                 raise ValueError("atypical='group' needs groups, but the validation batches carry none.")
             few = select_rows(batch, torch.arange(min(_TRIED, batch_size(batch))))
@@ -318,12 +326,14 @@ class MemorizationTracer(Callback):
                 self.report.to_csv(folder / "units.csv")
             else:
                 self.report.to_parquet(folder / "units.parquet")
-            mapped = next((s for s in self.scores if f"impact_typical/{s}" in self.report.columns), None)
-            self.report.figure(folder / "units.png", mapped, self.top_k, self.scores[0])
-            log_figures(trainer, {"demem/traced_units": self.report.draw(mapped, self.top_k, self.scores[0])})
             ranked = self.memorised_examples
             if ranked is not None:
                 write_examples(ranked, folder / "memorised_examples.csv")
+            mapped = next((s for s in self.scores if f"impact_typical/{s}" in self.report.columns), None)
+            self.report.figure(folder / "units.png", mapped, self.top_k, self.scores[0])
+            draw = partial(self.report.draw, mapped, self.top_k, self.scores[0])
+            log_figures(trainer, {"demem/traced_units": draw})
+            if ranked is not None:
                 self._picture(trainer, ranked, folder / "memorised_examples.png")
         except OSError as error:
             raise RuntimeError(f"The tracing report cannot be written to {folder}: {error}") from error
