@@ -14,6 +14,7 @@ With the groups that :mod:`demem.groups` inferred, after training:
 what a unit does.
 """
 
+from demem.removal.budget import ROWS, Plan, plan_fits
 from demem.removal.fine_tuning import FineTuned, fine_tune, tuning_subset
 from demem.removal.forget import (
     Choose,
@@ -47,6 +48,7 @@ from demem.removal.rounds import (
 __all__ = [
     "ATYPICAL_WEIGHTS",
     "MASKED_SHARES",
+    "ROWS",
     "SMOOTHING",
     "TRACED",
     "Choose",
@@ -57,6 +59,7 @@ __all__ = [
     "ForgottenUnit",
     "FrozenProbe",
     "Harm",
+    "Plan",
     "Probe",
     "Round",
     "RoundRecord",
@@ -75,6 +78,7 @@ __all__ = [
     "intervene",
     "intervene_weights",
     "most_informed",
+    "plan_fits",
     "purify",
     "remove_in_rounds",
     "rewind",
