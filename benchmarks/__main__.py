@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 from rich.console import Console
@@ -24,6 +25,8 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # also when piped: each line comes during the run
     for words, module in COMMANDS.items():
         if tuple(argv[: len(words)]) == words:
             try:
@@ -31,11 +34,12 @@ def main(argv: list[str]) -> int:
             except (ValueError, FileNotFoundError) as error:
                 Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
                 return 2
-    wanted = argv[:1] not in ([], ["-h"], ["--help"])
+    group = [words for words in COMMANDS if words[:1] == tuple(argv[:1])]
+    wanted = argv[:1] not in ([], ["-h"], ["--help"]) and not (group and argv[1:2] in (["-h"], ["--help"]))
     print(
         (f"Unknown benchmark: {' '.join(argv[:2])}\n" if wanted else "")
         + "usage: python -m benchmarks COMMAND [options]\n\n  "
-        + "\n  ".join(" ".join(words) for words in COMMANDS)
+        + "\n  ".join(" ".join(words) for words in group or COMMANDS)
         + "\n\nCOMMAND --help lists a command's options.",
         file=sys.stderr if wanted else sys.stdout,
     )

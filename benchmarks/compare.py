@@ -87,6 +87,7 @@ def _compare(options: argparse.Namespace, out: Path, console: Console) -> int:
     if not options.resume:
         _put_aside(out, console)
     rows = read_jsonl(out / "results.jsonl")
+    _drop_extras_without_a_row(out, rows)
     jobs = plan.missing(rows)
     if not jobs and not rows:
         names = ", ".join(dict.fromkeys(method.name for method in plan.methods))
@@ -232,6 +233,8 @@ def _run(
             row, extras = run_job(job, plan, progress.told(settings, str(job)), shared)
             _write(out, row, extras)
             progress.advance()
+            if not console.is_terminal:  # the bar is not shown in a pipe or a file
+                console.print(f"{progress.done}/{len(jobs)} {job}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_sources(task: Task, settings: Settings, console: Console) -> None:
@@ -300,7 +303,7 @@ class _Bar:
     """The progress bar: which row is being made, and how far it is."""
 
     def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.task = progress, progress.add_task("rows", total=total)
+        self.progress, self.task, self.done = progress, progress.add_task("rows", total=total), 0
 
     def told(self, settings: Settings, name: str) -> Settings:
         """The settings, with this bar told about the progress of the row ``name``."""
@@ -313,6 +316,7 @@ class _Bar:
 
     def advance(self) -> None:
         self.progress.advance(self.task)
+        self.done += 1
 
     def _show(self, text: str) -> None:
         self.progress.update(self.task, description=text)
@@ -349,6 +353,21 @@ def _write(out: Path, row: dict[str, Any], extras: dict[str, list[dict[str, Any]
         for record in records:
             append_jsonl(out / f"{kind}.jsonl", {**identity, **record})
     append_jsonl(out / "results.jsonl", row)
+
+
+def _drop_extras_without_a_row(out: Path, rows: list[dict[str, Any]]) -> None:
+    """What a comparison wrote that was killed before the row itself: the row is made again, and its extras with it."""
+    done = {tuple(row.get(key) for key in IDENTITY) for row in rows}
+    for path in (out / f"{name}.jsonl" for name in EXTRAS):
+        records = read_jsonl(path)
+        kept = [record for record in records if tuple(record.get(key) for key in IDENTITY) in done]
+        if len(kept) < len(records):
+            new = path.with_suffix(".part")
+            new.unlink(missing_ok=True)
+            new.touch()
+            for record in kept:
+                append_jsonl(new, record)
+            new.replace(path)
 
 
 def _put_aside(out: Path, console: Console) -> None:

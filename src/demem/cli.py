@@ -2,12 +2,14 @@
 ``demem report RUN_DIR``: the report of a run, made again from its data.
 
 Any LightningModule, data module and callback can be named by ``class_path``; later ``--config`` files and options
-override earlier ones.
+override earlier ones.  The configurations that are shipped are found under these names from any folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,30 +17,123 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from demem import __version__
+
+COMMANDS = {
+    "fit": "train a module on data, with callbacks",
+    "validate": "validate it",
+    "test": "test it",
+    "predict": "predict with it",
+    "report": "make the report of a run again from its data",
+}
+DEBUG = "DEMEM_DEBUG"
+# Of a package that was installed, and of a repository that is used in place.
+_SHIPPED = (Path(__file__).parent, Path(__file__).parents[2])
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``fit``, ``validate``, ``test``, ``predict`` or ``report``.
+
+    What goes wrong before the first training step ends the program with one line and exit code 2; the environment
+    variable ``DEMEM_DEBUG=1`` shows where it was raised.
 
     Args:
         args: the command line after the program's name; default ``sys.argv[1:]``.
     """
     given = sys.argv[1:] if args is None else list(args)
-    if given[:1] == ["report"]:
+    if given == ["--version"]:
+        print(f"demem {__version__}")
+    elif not given or given[0] in ("-h", "--help"):
+        print(_usage())
+    elif given[0] == "report":
         report(given[1:])
-        return
+    elif given[0] in COMMANDS:
+        _run(given)
+    else:
+        _fail(f"There is no command {given[0]!r}; use one of {', '.join(COMMANDS)}.")
+
+
+def _usage() -> str:
+    listed = "\n".join(f"  {name:<10}{words}" for name, words in COMMANDS.items())
+    return (
+        f"usage: demem COMMAND [options]\n\n{listed}\n\n"
+        "demem COMMAND --help lists a command's options, demem --version the version.\n"
+        "Example: demem fit --config configs/data/digits.yaml --config configs/method/demem.yaml"
+    )
+
+
+def _fail(reason: str) -> None:
+    sys.stderr.write(f"error: {reason}\n")
+    sys.exit(2)
+
+
+def _run(given: list[str]) -> None:
     import pytorch_lightning as pl
-    from pytorch_lightning.cli import LightningCLI
+    from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+    import demem.callbacks
+    import demem.data
+    import demem.module  # noqa: F401 (classes that are imported are found by their short names)
+
+    class CommandLine(LightningCLI):
+        """Lightning's command line, with errors before the first step in one line."""
+
+        def __init__(self) -> None:
+            try:
+                super().__init__(
+                    pl.LightningModule,
+                    pl.LightningDataModule,
+                    subclass_mode_model=True,
+                    subclass_mode_data=True,
+                    save_config_kwargs={"overwrite": True},
+                    seed_everything_default=0,
+                    parser_kwargs={"exit_on_error": False},
+                )
+            except Exception as error:
+                trainer = getattr(self, "trainer", None)
+                if os.environ.get(DEBUG) or (trainer is not None and trainer.global_step > 0):
+                    raise
+                _fail(f"{_reason(error)} ({DEBUG}=1 shows where.)")
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            self.config = parser.parse_args(_with_shipped_configs(given))  # Lightning warns of such arguments
 
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    LightningCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        args=None if args is None else given,
-    )
+    CommandLine()
+
+
+def _with_shipped_configs(given: Sequence[str]) -> list[str]:
+    """The command line, in which a ``--config`` that is no file names one that is shipped with demem.
+
+    >>> Path(_with_shipped_configs(["--config", "configs/data/digits.yaml"])[1]).is_file()
+    True
+    """
+    found: list[str] = []
+    for argument in given:
+        option, equals, value = argument.rpartition("=") if argument.startswith("--config=") else ("", "", argument)
+        follows = bool(equals) or found[-1:] in (["--config"], ["-c"])
+        if follows and not Path(value).exists():
+            shipped = (folder / value for folder in _SHIPPED if (folder / value).is_file())
+            value = str(next(shipped, value))
+        found.append(f"{option}{equals}{value}")
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line: jsonargparse puts a list of all types that a value is not around it.
+
+    >>> _reason(FileNotFoundError("no such\\nfolder"))
+    'no such folder'
+    """
+    key = re.match(r'Parser key "([^"]+)"', str(error))
+    cause: BaseException | None = error
+    while cause is not None and ("Does not validate against" in str(cause) or not str(cause)):
+        error, cause = cause, cause.__cause__ or cause.__context__
+    error = cause or error
+    words = " ".join(str(error).split()) or type(error).__name__
+    expected = isinstance(error, ValueError | TypeError | OSError | ImportError | argparse.ArgumentError)
+    words = re.sub(r'^Parser key "([^"]+)": ', "", words)
+    return ("" if key is None else f"{key[1]}: ") + ("" if expected else f"{type(error).__name__}: ") + words
 
 
 def report(args: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ logits ``(S, C)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -265,6 +265,16 @@ def fit_balanced(
         share = None if weights is None else weights[chosen]
         some = features[chosen] if gate is None else features[chosen] * gate
         heads.append(fit_linear(some, y[chosen], share, l2, classes))
+    return average_heads(heads)
+
+
+def average_heads(heads: Sequence[LinearHead]) -> LinearHead:
+    """The head whose weight and bias, and so whose logits, are the means over some heads.
+
+    Example:
+        >>> average_heads([LinearHead(torch.eye(2), torch.zeros(2)), LinearHead(torch.eye(2), torch.ones(2))]).bias
+        tensor([0.5000, 0.5000])
+    """
     weight, bias = (torch.stack(parts).mean(0) for parts in zip(*heads, strict=True))
     return LinearHead(weight, bias)
 

@@ -6,7 +6,10 @@ Each draw is fitted once without callbacks and once with them, from the same ran
 import random
 import traceback
 import warnings
+from collections import UserDict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,6 +26,11 @@ from demem.callbacks import ActivationDiversityMonitor, MemorizationRemover, Mem
 
 OWN = str(Path(demem.__file__).parent)
 READERS = {"worst_group": WorstGroupMonitor, "diversity": ActivationDiversityMonitor, "tracer": MemorizationTracer}
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
 
 
 class Fault(RuntimeError):
@@ -104,7 +112,7 @@ class Net(pl.LightningModule):
         return self.model(x)
 
     def loss(self, batch):
-        x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch[:2]
+        x, y = (batch["x"], batch["y"]) if isinstance(batch, Mapping) else batch[:2]
         z = self(x)
         y = y if y.is_floating_point() and y.ndim == 2 else y.long()
         return F.binary_cross_entropy_with_logits(z, y.to(z)) if z.ndim == 1 else F.cross_entropy(z, y)
@@ -144,6 +152,8 @@ def _collate(form):
             "triple": (x, y, group),
             "list": [x, y, group],
             "dict": {"x": x, "y": y, "group": group},
+            "encoding": UserDict({"x": x, "y": y}),  # as a tokenizer gives
+            "named": Pair(x, y),
             "float labels": (x, y.float()),
             "index": (x, y, index),
             "large ids": (x, y, group + 2**61),
@@ -154,7 +164,19 @@ def _collate(form):
     return collate
 
 
-FORMS = ["pair", "triple", "list", "dict", "float labels", "index", "large ids", "drops one", "nan"]
+FORMS = [
+    "pair",
+    "triple",
+    "list",
+    "dict",
+    "encoding",
+    "named",
+    "float labels",
+    "index",
+    "large ids",
+    "drops one",
+    "nan",
+]
 RUNS = st.fixed_dictionaries(
     {
         "callbacks": st.sets(st.sampled_from([*READERS, "remover"]), min_size=1),
@@ -176,6 +198,8 @@ RUNS = st.fixed_dictionaries(
                 "reload_dataloaders_every_n_epochs": st.just(1),
                 "max_steps": st.just(5),
                 "fast_dev_run": st.just(True),
+                "deterministic": st.just(True),
+                "overfit_batches": st.just(3),
             },
         ),
     }

@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+from datetime import timedelta
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from test_remover import MANY, TEST, TRAIN, Net, _fit, _loaders, _Save
-from torch.utils.data import DataLoader
+from torch.multiprocessing import ProcessRaisedException
+from torch.utils.data import DataLoader, Subset
 
 import demem.callbacks
 from demem.callbacks import (
@@ -186,3 +189,58 @@ def test_precisions(name, precision, tmp_path):
 
 def test_the_table_names_every_callback():
     assert {type(make(".")).__name__ for make in SETTINGS.values()} == set(demem.callbacks.__all__)
+
+
+@every_callback
+@pytest.mark.parametrize("change", ["lacks", "unknown", "other kind"])
+def test_a_state_of_another_version_is_refused_with_a_reason(name, change, tmp_path):
+    callback = SETTINGS[name](tmp_path)
+    state = callback.state_dict() | {"version": "9.9"}
+    key = next(iter(state))
+    if change == "lacks":
+        del state[key]
+    elif change == "unknown":
+        key = "from_the_future"
+        state[key] = 1
+    else:
+        state[key] = 7  # neither groups nor a history
+    message = f"{type(callback).__name__} cannot read its state.*demem 9.9.*Resume with the version that wrote it"
+    with pytest.raises(ValueError, match=message) as refused:
+        callback.load_state_dict(state)
+    assert change == "other kind" or repr(key) in str(refused.value)
+    state = SETTINGS[name](tmp_path).state_dict()
+    del state["version"]
+    callback.load_state_dict(state)  # of a version that did not write it down
+
+
+class _UnevenNet(Net):
+    """The second process has nothing to validate on."""
+
+    def __init__(self):
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def train_dataloader(self):
+        return DataLoader(TRAIN, 32, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(Subset(MANY, range(0 if self.trainer.global_rank else len(MANY))), 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["remover", "tracer"])
+def test_a_process_without_validation_batches_is_refused_before_training(name, tmp_path, two_processes):
+    start_method = two_processes["strategy"].removeprefix("ddp_")
+    strategy = DDPStrategy(start_method=start_method, process_group_backend="gloo", timeout=timedelta(seconds=60))
+    trainer = pl.Trainer(
+        **two_processes | {"strategy": strategy},
+        callbacks=[SETTINGS[name](tmp_path)],
+        use_distributed_sampler=False,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(ProcessRaisedException, match=r"(Remover|Tracer): .*no (held-out )?examples"):
+        trainer.fit(_UnevenNet())

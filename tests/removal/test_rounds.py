@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from demem.groups import largest_groups
-from demem.linear import LinearHead
-from demem.removal import Examples, choose_round, clearly_better, remove_in_rounds, worst_group
+from demem.linear import LinearHead, average_heads, fit_balanced
+from demem.removal import Examples, as_trained, choose_round, clearly_better, purify, remove_in_rounds, worst_group
 
 
 def _examples(n, share, seed, width=40):
@@ -222,3 +222,111 @@ def test_the_head_is_refitted_on_held_out_examples_alone():
     flipped = held_out._replace(y=1 - held_out.y)
     head = remove_in_rounds(train, flipped, _head(train), num_classes=2, shares=())[1].head
     assert not torch.equal(heads[0].weight, head.weight)
+
+
+def _hidden_minority(n, seed):
+    """Inferred groups of which half of the minority are typical, and features that show who is which."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 2
+    minority = torch.rand(n, generator=generator) < 0.06
+    inferred = minority | (torch.rand(n, generator=generator) < 0.06)
+    shown = torch.stack([2.0 * y - 1, 4.0 * torch.where(minority, 1 - y, y) - 2], 1)
+    x = torch.cat([shown, torch.zeros(n, 8)], 1) + torch.randn(n, 10, generator=generator)
+    return Examples(x, y, torch.where(inferred, 1, 0) + 2 * y), minority
+
+
+def test_purer_groups_keep_the_minority_and_lose_hard_examples():
+    held_out, minority = _hidden_minority(800, 0)
+    train, _ = _hidden_minority(2000, 1)
+    typical = torch.tensor([0, 2])
+    atypical, purer = (e.atypical(typical) for e in (held_out, purify(held_out, train, typical)))
+    assert float(minority[atypical].float().mean()) < 0.6
+    assert float(minority[purer].float().mean()) > 0.9
+    assert float(purer[minority].float().mean()) > 0.85
+    assert not (purer & ~atypical).any()  # no example becomes atypical
+
+
+def test_purify_leaves_a_class_with_few_atypical_examples_alone():
+    held_out, _ = _hidden_minority(120, 0)
+    assert 2 < held_out.fewest_atypical(torch.tensor([0, 2])) < 10
+    few = held_out.y == int(torch.bincount(held_out.y[held_out.atypical(torch.tensor([0, 2]))]).argmin())
+    assert torch.equal(purify(held_out, held_out, torch.tensor([0, 2])).group[few], held_out.group[few])
+
+
+def test_an_example_does_not_vouch_for_itself():
+    """With more features than examples a head fits any group; a head of the other folds tells nothing of noise."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.zeros(200, dtype=torch.long)
+    group = (torch.arange(200) < 40).long()
+    examples = Examples(torch.randn(200, 300, generator=generator), y, group)
+    from demem.removal.joint import _log_odds  # its groups say where the threshold is, and not which odds
+
+    odds = _log_odds(examples.features, group == 1, examples.features[:0], group[:0] == 1, 1e-3)
+    assert abs(float(odds[:40].mean()) - float(odds[40:].mean())) < float(odds.std())
+
+
+def _joint(n_held_out, n_train=2000):
+    held_out, train = _hidden_minority(n_held_out, 2)[0], _hidden_minority(n_train, 3)[0]
+    rounds = [
+        remove_in_rounds(train, held_out, _head(train), num_classes=2, shares=(), typical=torch.tensor([0, 2]), join=j)
+        for j in (False, True)
+    ]
+    test, minority = _hidden_minority(4000, 4)
+    group = 2 * test.y + minority
+    return [worst_group(r[-1].head(test.features), test.y, group)[0] for r in rounds], rounds
+
+
+@pytest.mark.parametrize("n", [100, 400])  # fewer than ten atypical examples of a class, and more
+def test_training_examples_help_where_few_are_held_out(n):
+    (alone, joined), (_, rounds) = _joint(n)
+    assert joined > alone + 0.02
+    assert len(rounds) == 2  # the network as trained, and one refit
+
+
+def test_training_examples_take_no_part_where_more_are_held_out():
+    (alone, joined), rounds = _joint(2000, n_train=400)
+    assert alone == joined
+    assert [len(r) for r in rounds] == [5, 5]
+
+
+def test_training_examples_take_no_part_where_they_cost_the_worst_group():
+    held_out = _hidden_minority(400, 2)[0]
+    train = _hidden_minority(2000, 3)[0]
+    misleading = train._replace(features=-train.features)  # a network that fits them says nothing of new ones
+    typical = torch.tensor([0, 2])
+    args = {"num_classes": 2, "shares": (), "typical": typical}
+    alone, joined = (remove_in_rounds(misleading, held_out, _head(train), **args, join=j) for j in (False, True))
+    assert [r.worst for r in alone] == [r.worst for r in joined]
+
+
+@pytest.mark.parametrize(
+    ("n", "seed", "alone", "weight"), [(100, 2, True, 3.0), (200, 5, False, 10.0), (400, 2, False, 3.0)]
+)
+def test_the_joint_head_is_fitted_on_held_out_and_training_examples(n, seed, alone, weight):
+    held_out, train = _hidden_minority(n, seed)[0], _hidden_minority(2000, 3)[0]
+    typical = torch.tensor([0, 2])
+    purer = purify(held_out, train, typical)
+    both = purer.joined(purify(train, purer, typical))
+    weights = torch.where(both.atypical(typical), weight, 1.0)
+    heads = [fit_balanced(both.features, both.y, both.group, num_classes=2, weights=weights)]
+    args = {"num_classes": 2, "shares": (), "typical": typical}
+    if not alone:  # the mean of two
+        heads.append(max(remove_in_rounds(train, held_out, _head(train), **args)[1:], key=lambda r: r.worst).head)
+    head = remove_in_rounds(train, held_out, _head(train), **args, join=True)[-1].head
+    assert torch.allclose(head.weight, average_heads(heads).weight, atol=1e-5)
+
+
+def test_without_known_groups_no_class_may_lose():
+    """Better on average and in most cells, but one class is a little worse than in the network as trained."""
+    y = torch.arange(400) % 2
+    examples = Examples(torch.zeros(400, 2), y, 3 * y)
+    trained = as_trained(examples, LinearHead(torch.zeros(2, 2), torch.zeros(2)))
+    right = torch.ones(400, dtype=torch.bool)
+    before = torch.where(y == 0, torch.arange(400) < 200, right)
+    after = right.clone()
+    after[1] = False  # an example of class 1, which was right
+    rounds = [replace(trained, right=before), replace(trained, right=after, worst=0.99)]
+    typical = torch.tensor([0, 3])
+    assert choose_round(rounds, examples, typical, groups_known=True) == 1
+    assert choose_round(rounds, examples, typical, groups_known=False) == 0
+    assert choose_round([rounds[0], replace(rounds[1], right=right)], examples, typical, groups_known=False) == 1

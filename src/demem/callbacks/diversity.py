@@ -13,7 +13,7 @@ from torch import Tensor
 from demem.callbacks.figures import log_figures
 from demem.measures import Binning, Diversity, Reservoir, mean_mi, measure_diversity
 from demem.report import diversity_curves
-from demem.run import first_loader, gather_rows, names_itself, validating_ranks
+from demem.run import checks_version, first_loader, gather_rows, names_itself, validating_ranks, with_version
 from demem.sites import ActivationReader, Reduce, Site, default_sites, find_sites
 
 
@@ -102,9 +102,11 @@ class ActivationDiversityMonitor(pl.Callback):
             layers=self.layers, reduce=self.reduce, bins=self.bins, binning=self.binning, mi=self.mi, seed=self.seed
         )
 
+    @with_version
     def state_dict(self) -> dict[str, Any]:
         return {"history": [dict(row) for row in self.history]}
 
+    @checks_version
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [dict(row) for row in state_dict["history"]]
 
@@ -193,7 +195,7 @@ class ActivationDiversityMonitor(pl.Callback):
         pl_module.log_dict(values, sync_dist=True, batch_size=1)  # equal on all processes; else Lightning warns
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        log_figures(trainer, {"demem/diversity": diversity_curves(self.history)})
+        log_figures(trainer, {"demem/diversity": lambda: diversity_curves(self.history)})
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()

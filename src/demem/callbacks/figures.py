@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -12,22 +12,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def log_figures(trainer: pl.Trainer, figures: Mapping[str, Figure | None]) -> None:
-    """Hand figures to every logger that takes some: ``experiment.add_figure`` (TensorBoard) or ``log_image`` (Weights &
-    Biases and others); others are left alone."""
+def log_figures(trainer: pl.Trainer, figures: Mapping[str, Callable[[], Figure | None]]) -> None:
+    """Draw figures for every logger that takes some: ``experiment.add_figure`` (TensorBoard) or ``log_image`` (Weights
+    & Biases and others); others are left alone, and nothing is drawn for them."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        for name, figure in figures.items():
+        for name, draw in figures.items():
             try:
-                if figure is not None:
-                    _log(logger, name, figure, trainer.global_step)
+                _log(logger, name, draw, trainer.global_step)
             except Exception as error:  # a picture is not worth a run
                 rank_zero_warn(f"{type(logger).__name__} did not take the figure {name}: {error}")
 
 
-def _log(logger: Any, name: str, figure: Figure, step: int) -> None:
-    if hasattr(logger, "log_image"):
+def _log(logger: Any, name: str, draw: Callable[[], Figure | None], step: int) -> None:
+    image = hasattr(logger, "log_image")
+    figure = draw() if image or hasattr(logger.experiment, "add_figure") else None
+    if figure is None:
+        return
+    if image:
         logger.log_image(key=name, images=[_pixels(figure)], step=step)
-    elif hasattr(logger.experiment, "add_figure"):
+    else:
         logger.experiment.add_figure(name, figure, global_step=step)
 
 

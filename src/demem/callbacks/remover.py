@@ -24,6 +24,7 @@ from demem.run import (
     changed_parameters,
     check_head,
     check_inputs,
+    checks_version,
     describe_groups,
     describe_rounds,
     has_learned,
@@ -42,6 +43,7 @@ from demem.run import (
     restored_on_failure,
     resumed_within_epoch,
     swapped_parameters,
+    with_version,
     write_head,
     write_parameters,
 )
@@ -66,8 +68,9 @@ class MemorizationRemover(Callback):
        (:func:`demem.groups.second_look`); one that is still at chance then is probed after the next epoch.
     2. *During training* examples are drawn so that the inferred groups count the same, unless no shortcut was found.
     3. *After the last step, before its validation* units that the head reads are scored by their impact on atypical
-       held-out examples and masked in rounds, and the head is refitted on held-out examples, all inferred groups in
-       equal numbers (:func:`demem.removal.remove_in_rounds`).  Masking while the layers below still learn is undone by
+       held-out examples and masked in rounds, and the head is refitted on held-out examples, and on training examples
+       where they hold more of the minority, all inferred groups in equal numbers
+       (:func:`demem.removal.remove_in_rounds`).  Masking while the layers below still learn is undone by
        them; that is why it comes last.  The network as trained stays where the refit has nothing to go by
        (:func:`demem.removal.choose_round`).
     4. *Unless it stayed as trained* the whole network is fine-tuned on a balanced subset of the held-out examples, if
@@ -171,6 +174,7 @@ class MemorizationRemover(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(head=self.head, use_groups=self.use_groups, rebalance=self.rebalance)
 
+    @with_version
     def state_dict(self) -> dict[str, Any]:
         return {
             "groups": None if self.groups is None else self.groups.state_dict(),
@@ -184,6 +188,7 @@ class MemorizationRemover(Callback):
             "weight": self._weight,
         }
 
+    @checks_version
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["groups"]
         self.groups = None if groups is None else Groups(**groups)

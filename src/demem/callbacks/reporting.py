@@ -194,9 +194,9 @@ def run_folder(trainer: pl.Trainer) -> Path:
 
 def log_report(trainer: pl.Trainer, found: ReportData) -> None:
     """Log the unit map and memorised examples as figures; the diversity monitor logs its own."""
-    figures: dict[str, Figure | None] = {
-        "demem/unit_map": unit_map(found.units) if found.units else None,
-        "demem/memorised_examples": example_sheet(found, "memorised"),
+    figures: dict[str, Callable[[], Figure | None]] = {
+        "demem/unit_map": lambda: unit_map(found.units) if found.units else None,
+        "demem/memorised_examples": lambda: example_sheet(found, "memorised"),
     }
     log_figures(trainer, figures)
 

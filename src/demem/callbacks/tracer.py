@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +22,14 @@ from demem.run import (
     RunData,
     UnevenRows,
     check_inputs,
+    checks_version,
     held_out_loader,
     isolated_rng,
     names_itself,
     ranks_of,
     train_loader,
     undisturbed,
+    with_version,
 )
 from demem.sites import (
     ActivationReader,
@@ -147,9 +151,11 @@ class MemorizationTracer(Callback):
             layers=self.layers, scores=self.scores, atypical=self.atypical, share=self.share, dirpath=self.dirpath
         )
 
+    @with_version
     def state_dict(self) -> dict[str, Any]:
         return {"history": list(self.history), "traced_step": self._traced_step}
 
+    @checks_version
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
         self._traced_step = int(state_dict["traced_step"])
@@ -189,7 +195,10 @@ class MemorizationTracer(Callback):
         with undisturbed(trainer, data.pl_module):
             batch = next((batch for _, batch in data.held_out.examples()), None)
             if not trainer.strategy.reduce_boolean_decision(batch is not None) or batch is None:
-                return
+                raise ValueError(
+                    "A process has no held-out examples, and tracing needs some on each: give every process validation "
+                    "batches."
+                )
             if self.atypical == "group" and batch.group is None:
                 raise ValueError("atypical='group' needs groups, but the validation batches carry none.")
             few = select_rows(batch, torch.arange(min(_TRIED, batch_size(batch))))
@@ -314,20 +323,29 @@ class MemorizationTracer(Callback):
             folder = folder / f"epoch={epoch}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if self.table == "csv":
-                self.report.to_csv(folder / "units.csv")
-            else:
-                self.report.to_parquet(folder / "units.parquet")
-            mapped = next((s for s in self.scores if f"impact_typical/{s}" in self.report.columns), None)
-            self.report.figure(folder / "units.png", mapped, self.top_k, self.scores[0])
-            log_figures(trainer, {"demem/traced_units": self.report.draw(mapped, self.top_k, self.scores[0])})
-            ranked = self.memorised_examples
-            if ranked is not None:
-                write_examples(ranked, folder / "memorised_examples.csv")
-                self._picture(trainer, ranked, folder / "memorised_examples.png")
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
+                self._write_files(trainer, self.report, Path(part))
+                for file in Path(part).iterdir():  # whole or not at all
+                    file.replace(folder / file.name)
+            mapped = self._mapped(self.report)
+            log_figures(trainer, {"demem/traced_units": partial(self.report.draw, mapped, self.top_k, self.scores[0])})
         except OSError as error:
             raise RuntimeError(f"The tracing report cannot be written to {folder}: {error}") from error
         rank_zero_info(f"demem: tracing report in {folder}")
+
+    def _write_files(self, trainer: pl.Trainer, report: UnitReport, folder: Path) -> None:
+        if self.table == "csv":
+            report.to_csv(folder / "units.csv")
+        else:
+            report.to_parquet(folder / "units.parquet")
+        report.figure(folder / "units.png", self._mapped(report), self.top_k, self.scores[0])
+        if self.memorised_examples is not None:
+            write_examples(self.memorised_examples, folder / "memorised_examples.csv")
+            self._picture(trainer, self.memorised_examples, folder / "memorised_examples.png")
+
+    def _mapped(self, report: UnitReport) -> str | None:
+        """The score that the map of the units shows: the first with impacts."""
+        return next((s for s in self.scores if f"impact_typical/{s}" in report.columns), None)
 
     def _picture(self, trainer: pl.Trainer, ranked: RankedExamples, path: Path) -> None:
         dataset = train_loader(trainer).dataset

@@ -16,6 +16,7 @@ from demem.batch import form_of, has_group_part, unpack_batch
 from demem.metrics import AccuracyReport, require_groups
 from demem.run import (
     TrainingSizes,
+    checks_version,
     find_grouper,
     first_held_out_batch,
     first_loader,
@@ -23,6 +24,7 @@ from demem.run import (
     in_stage,
     names_itself,
     validating_ranks,
+    with_version,
 )
 from demem.sites import PredictionReader
 
@@ -87,11 +89,13 @@ class WorstGroupMonitor(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(train=self.train, per_group=self.per_group, head=self.head)
 
+    @with_version
     def state_dict(self) -> dict[str, Any]:
         # Rank 0's state is what a checkpoint holds, and that is not what all processes counted.
         counts = dict(self._reports["train"].state_dict()) if self._alone else {}
         return {"history": list(self.history), "train_sizes": self._sizes.known, "train_counts": counts}
 
+    @checks_version
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
         self._sizes.known = state_dict["train_sizes"]

@@ -7,7 +7,7 @@ With the groups that :mod:`demem.groups` inferred, after training:
 
 1. :func:`remove_in_rounds` scores the units that the head reads, masks those that memorise and refits the head on
    held-out examples, with more units masked every round; :func:`choose_round` says which round to keep, and the network
-   as trained is one of them.
+   as trained is one of them.  :func:`purify` makes the inferred groups purer, so that training examples can take part.
 2. :func:`fine_tune` trains the whole network for a few passes on the :func:`tuning_subset` of the held-out examples.
 
 :func:`intervene` changes single units (zero, mean, noise, rewind …) and undoes it bit for bit, for experiments that ask
@@ -28,13 +28,13 @@ from demem.removal.forget import (
 )
 from demem.removal.information import attribute_information, group_moments, information_gradient
 from demem.removal.interventions import apply, intervene, intervene_weights
+from demem.removal.joint import Examples, purify
 from demem.removal.rewind import Harm, balanced_losses, harm_scores, rewind, rewindable_sites
 from demem.removal.rounds import (
     ATYPICAL_WEIGHTS,
     MASKED_SHARES,
     SMOOTHING,
     TRACED,
-    Examples,
     Round,
     RoundRecord,
     as_trained,
@@ -79,6 +79,7 @@ __all__ = [
     "intervene_weights",
     "most_informed",
     "plan_fits",
+    "purify",
     "remove_in_rounds",
     "rewind",
     "rewindable_sites",

@@ -6,14 +6,16 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from demem.linear import LinearHead, balanced_weights, crossfit, fit_balanced, fit_linear
-from demem.removal.budget import FOLDS, Plan, plan_fits
+from demem.linear import LinearHead, average_heads, balanced_weights, crossfit, fit_balanced, fit_linear
+from demem.removal.budget import FOLDS, KEPT, Plan, plan_fits
+from demem.removal.joint import Examples, purify
 from demem.tracing import atypical_by_margin, linear_score, margins, members_of
 
 ATYPICAL_WEIGHTS = (1.0, 3.0, 10.0, 30.0)
@@ -23,24 +25,9 @@ SMOOTHING = 0.02
 TRACED = 500  # training examples of each group that units and heads are traced on, where there are more
 FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
 FEWEST_WEIGHED = 10  # atypical examples of a class; fewer do not say how much more they should weigh
+JOINT_WEIGHTS = (10.0, 3.0)  # of an atypical example where training examples are fitted as well
 FEWEST_ATYPICAL = 2  # examples of a class; a head balanced on fewer follows chance
 ONE_SIDED = 1.645  # standard errors: 5%
-
-
-class Examples(NamedTuple):
-    """Ungated features ``(S, N)`` that the head reads, classes ``(S,)`` and (true or inferred) groups ``(S,)``."""
-
-    features: Tensor
-    y: Tensor
-    group: Tensor
-
-    def atypical(self, typical: Tensor) -> Tensor:
-        """Which are not of their class's typical group: bool ``(S,)``.
-
-        Args:
-            typical: ``(C,)`` group of each class (:func:`demem.groups.largest_groups`).
-        """
-        return self.group != typical.to(self.group.device)[self.y]
 
 
 @dataclass(frozen=True)
@@ -112,8 +99,7 @@ class Round:
     @property
     def quick_head(self) -> LinearHead:
         """The mean of the folds' heads, which are there already: a refit for a network that trains on."""
-        weights, biases = zip(*(self.fold_heads or [self.head]), strict=True)
-        return LinearHead(torch.stack(weights).mean(0), torch.stack(biases).mean(0))
+        return average_heads(self.fold_heads or [self.head])
 
 
 def remove_in_rounds(
@@ -128,6 +114,7 @@ def remove_in_rounds(
     atypical_share: float = 0.2,
     l2: float = 1e-3,
     score_units: Callable[..., Tensor] = linear_score,
+    join: bool = False,
 ) -> list[Round]:
     r"""Refit; then trace, mask, refit, with more units masked every round.
 
@@ -136,11 +123,18 @@ def remove_in_rounds(
     Of the weights the one with the best cross-fitted accuracy on the worst group stays, the smallest of equals.  Where
     a class has fewer than 10 atypical examples there is one weight.
 
+    With ``join``, and where a class has fewer atypical examples held out than traced in training, the head is the mean
+    of this one and another that is fitted on the training examples as well, in which atypical examples weigh 10 and
+    the groups of both are purer (:func:`purify`).  Where a class has fewer than 10 atypical ones held out, it is the
+    latter alone.  A weight of 3 follows, and then no training examples, where the cross-fitted accuracy on the
+    worst group falls by more than a standard error.  The first head's weight is chosen without training examples, which
+    the network has fitted.
+
     Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
     the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
     highest-scoring share, units masked before included, and refits.  The atypical examples are chosen once, before the
     first mask.  The head that is kept is fitted on the held-out examples, group by group in equal numbers
-    (:func:`demem.linear.fit_balanced`): the training examples are fitted already, minority and all, and say little
+    (:func:`demem.linear.fit_balanced`): the training examples are fitted already, minority and all, and say less
     about how the network meets new ones.
 
     Where the fits would take more than minutes, as with many classes, fewer and smaller subsets are drawn, and no units
@@ -159,9 +153,11 @@ def remove_in_rounds(
         atypical_share: of each class, by margin.
         l2: see :func:`demem.linear.fit_linear`.
         score_units: gives the score of each unit ``(N,)``, called as :func:`demem.tracing.linear_score`.
+        join: training examples may take part in the refit; for inferred groups.
 
     Returns:
-        The network as trained, then a refit for each weight with nothing masked, then one a share.
+        The network as trained, then a refit for each weight with nothing masked (one where training examples take
+        part), then one a share.
 
     Raises:
         ValueError: shares do not grow or are outside (0, 1); a class is absent from the held-out examples; features
@@ -185,7 +181,7 @@ def remove_in_rounds(
     rounds = [as_trained(held_out, trained)]
     gate, score, width = rounds[0].gate, rounds[0].score, len(rounds[0].gate)
     atypical = None if typical is None else held_out.atypical(typical)
-    fewest = 0 if atypical is None else int(torch.bincount(held_out.y[atypical], minlength=num_classes).min())
+    fewest = 0 if typical is None else held_out.fewest_atypical(typical)
     heavier = weights if fewest >= FEWEST_WEIGHED else weights[:1]
     sizes = torch.unique(held_out.group, return_counts=True)[1]
     subset = int(sizes.clamp(max=max(8, int(sizes.min()))).sum())
@@ -197,25 +193,43 @@ def remove_in_rounds(
             stacklevel=2,
         )
         shares = plan.shares
-    for weight in heavier:
-        rounds.append(_judge(0.0, float(weight), gate, score, held_out, atypical, l2, num_classes, plan))
-    weight = max(rounds[1:], key=lambda round_: round_.worst).weight  # the first, and smallest, of equals
+    joint: list[_Source] = []
+
+    def judge(share: float, weight: float) -> Round:
+        own = [] if joint and fewest < FEWEST_WEIGHED else [_Source(held_out, atypical, weight)]
+        return _judge(share, weight, gate, score, held_out, [*own, *joint], l2, num_classes, plan)
+
+    tried = [judge(0.0, float(w)) for w in heavier]
+    best = max(tried, key=lambda round_: round_.worst)  # the first, and smallest, of equals
+    affordable = plan.kept == KEPT
+    if join and affordable and typical is not None and fewest < train.fewest_atypical(typical):
+        purer = purify(held_out, train, typical, l2)
+        both = purer.joined(purify(train, purer, typical, l2))
+        for more in JOINT_WEIGHTS:
+            joint = [_Source(both, both.atypical(typical), more)]
+            joined = judge(0.0, best.weight)
+            if joined.worst >= best.worst - best.standard_error:
+                tried = [joined]
+                break
+            joint = []
+    rounds += tried
+    weight = best.weight
     if not shares:
         return rounds
     even = balanced_weights(train.group, SMOOTHING)
     traced = fit_linear(train.features, train.y, even, l2, num_classes)
-    seen = atypical
-    if seen is None or len(set(held_out.y[seen].tolist())) < num_classes:
+    traced_on = atypical
+    if traced_on is None or len(set(held_out.y[traced_on].tolist())) < num_classes:
         margin = margins(traced(held_out.features), held_out.y)
-        seen = atypical_by_margin(margin, held_out.y, atypical_share, num_classes)
+        traced_on = atypical_by_margin(margin, held_out.y, atypical_share, num_classes)
     for share in shares:
         logits = traced(held_out.features)
-        score = score_units(held_out.features, traced.weight, held_out.y, seen, logits=logits)
+        score = score_units(held_out.features, traced.weight, held_out.y, traced_on, logits=logits)
         order = torch.where(gate == 0, torch.inf, score).sort(descending=True, stable=True).indices
         gate = torch.ones_like(gate)
         gate[order[: round(share * width)]] = 0
         traced = fit_linear(train.features * gate, train.y, even, l2, num_classes)
-        rounds.append(_judge(share, weight, gate, score, held_out, atypical, l2, num_classes, plan))
+        rounds.append(judge(share, weight))
     return rounds
 
 
@@ -352,40 +366,49 @@ def _standard_error(accuracy: float, count: int) -> float:
     return float((p * (1 - p) / (count + 4)) ** 0.5)
 
 
+class _Source(NamedTuple):
+    """Examples to fit a head on, held-out ones first, and how much an atypical one weighs."""
+
+    examples: Examples
+    atypical: Tensor | None
+    weight: float
+
+    def head(
+        self, used: Tensor, gate: Tensor | None, l2: float, num_classes: int, subsets: int, most: int
+    ) -> LinearHead:
+        """Fitted on the ``used`` held-out examples, and on all others, with some units masked."""
+        x, y, group = self.examples
+        used = F.pad(used, (0, len(y) - len(used)), value=True)
+        heavier = self.atypical is not None and self.weight != 1
+        weights = torch.where(self.atypical, self.weight, 1.0) if heavier else None  # type: ignore[arg-type]
+        return fit_balanced(
+            x, y, group, l2, num_classes, subsets=subsets, weights=weights, used=used, gate=gate, most=most
+        )
+
+
 def _judge(
     share: float,
     weight: float,
     gate: Tensor,
     score: Tensor,
     held_out: Examples,
-    atypical: Tensor | None,
+    sources: Sequence[_Source],
     l2: float,
     num_classes: int,
     plan: Plan,
 ) -> Round:
-    features, y, group = held_out
-    weights = None if atypical is None or weight == 1 else torch.where(atypical, weight, 1.0)
     heads: list[LinearHead] = []
     masked = gate if bool((gate == 0).any()) else None
 
-    def fit(subsets: int, used: Tensor | None = None) -> LinearHead:  # masks its subsets, and not a copy of everything
-        return fit_balanced(
-            features,
-            y,
-            group,
-            l2,
-            num_classes,
-            subsets=subsets,
-            weights=weights,
-            used=used,
-            gate=masked,
-            most=plan.most,
-        )
+    def fit(subsets: int, used: Tensor) -> LinearHead:  # masks its subsets: no masked copy of all features
+        return average_heads([source.head(used, masked, l2, num_classes, subsets, plan.most) for source in sources])
 
     def judged(used: Tensor) -> LinearHead:
         heads.append(fit(plan.judged, used))
         return heads[-1]
 
     # A head's weight is 0 at masked units, so that it may read features that are not masked.
+    features, y, group = held_out
     right = crossfit(features, y, judged, num_classes, FOLDS, group=group).argmax(1) == y
-    return Round(share, weight, gate, score, right, *_worst(right, group), lambda: fit(plan.kept), heads)
+    refit = partial(fit, plan.kept, torch.ones_like(y, dtype=torch.bool))
+    return Round(share, weight, gate, score, right, *_worst(right, group), refit, heads)

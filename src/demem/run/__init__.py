@@ -57,6 +57,7 @@ from demem.run.stage import (
     on_root_device,
     resumed_within_epoch,
 )
+from demem.run.state import checks_version, with_version
 
 __all__ = [
     "Before",
@@ -69,6 +70,7 @@ __all__ = [
     "changed_parameters",
     "check_head",
     "check_inputs",
+    "checks_version",
     "describe_groups",
     "describe_rounds",
     "device_batches",
@@ -112,6 +114,7 @@ __all__ = [
     "trained_parameters",
     "undisturbed",
     "validating_ranks",
+    "with_version",
     "write_head",
     "write_parameters",
 ]

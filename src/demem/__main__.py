@@ -1,0 +1,5 @@
+"""``python -m demem``: the command line."""
+
+from demem.cli import main
+
+main()
