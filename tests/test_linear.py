@@ -2,7 +2,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from demem.linear import balanced_weights, crossfit_logits, fit_balanced, fit_linear, folds
+from demem.linear import balanced_weights, crossfit_logits, draw_evenly, fit_balanced, fit_linear, folds
 
 
 def _problem(n=200, d=6, classes=3, seed=0):
@@ -12,7 +12,7 @@ def _problem(n=200, d=6, classes=3, seed=0):
     return x, y
 
 
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("classes", [2, 3, 15])
 def test_equals_scikit_learn_on_standardised_features(classes):
     x, y = _problem(classes=classes)
     weights = torch.rand(len(y)) + 0.1
@@ -136,3 +136,64 @@ def test_bad_input_is_refused(change, message):
     arguments = dict(features=torch.randn(4, 2), y=torch.tensor([0, 1, 0, 1]), num_classes=3) | change
     with pytest.raises(ValueError, match=message):
         fit_linear(**arguments)
+
+
+def _plain_fit(x, y, classes, l2, max_iter=100):
+    """The objective as it is written down, with nothing done for speed or memory."""
+    std, mean = torch.std_mean(x, dim=0, correction=0)
+    x, share, penalty = (x - mean) / std, torch.ones(len(y)) / len(y), l2 * x.shape[1]
+    target = torch.nn.functional.one_hot(y, classes).float()
+    head = torch.zeros(classes, x.shape[1] + 1)
+    head.grad = torch.zeros_like(head)
+    optimizer = torch.optim.LBFGS(
+        [head], max_iter=max_iter, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-6
+    )
+
+    def closure():
+        v, b = head[:, :-1], head[:, -1]
+        log_p = (x @ v.T + b).log_softmax(1)
+        error = (log_p.exp() - target) * share[:, None]
+        head.grad[:, :-1] = error.T @ x + penalty * v
+        head.grad[:, -1] = error.sum(0)
+        return penalty / 2 * v.square().sum() - (log_p * target * share[:, None]).sum()
+
+    optimizer.step(closure)
+    weight = head[:, :-1] / std
+    return weight, head[:, -1] - weight @ mean
+
+
+def test_saving_memory_changes_no_bit_with_few_classes():
+    x, y = _problem(300, 20)
+    head, (weight, bias) = fit_linear(x, y, l2=1e-3), _plain_fit(x, y, 3, 1e-3)
+    assert torch.equal(head.weight, weight)
+    assert torch.equal(head.bias, bias)
+
+
+def test_many_classes_reach_the_same_optimum():
+    x, y = _problem(2000, 20, classes=40)
+    head, (weight, bias) = fit_linear(x, y, l2=1e-2, num_classes=40), _plain_fit(x, y, 40, 1e-2, max_iter=1000)
+    assert torch.allclose(head(x).softmax(1), (x @ weight.T + bias).softmax(1), atol=2e-4)
+
+
+@pytest.mark.parametrize("most", [2, 3, 7, 15, 16, 40, 92, 93, 200])
+def test_draw_evenly_keeps_small_groups_and_the_same_number_of_the_others(most):
+    group = torch.tensor([4] * 3 + [0] * 50 + [9] * 10 + [2] * 30)[torch.randperm(93)]
+    drawn = draw_evenly(group, most, torch.Generator().manual_seed(0))
+    assert len(set(drawn.tolist())) == len(drawn) <= most
+    assert torch.equal(drawn, drawn.sort().values)
+    if most >= 4:
+        sizes = torch.tensor([50, 30, 3, 10])
+        quota = max(q for q in range(51) if int(sizes.clamp(max=q).sum()) <= most)  # by trying all
+        assert torch.bincount(group[drawn])[[0, 2, 4, 9]].tolist() == sizes.clamp(max=quota).tolist()
+    else:
+        assert len(drawn) == most
+
+
+def test_fit_balanced_on_some_examples_with_masked_units_equals_that_on_copies():
+    x, y = _problem(120, classes=2)
+    group, used = 2 * y + (torch.arange(120) % 4 == 0), torch.arange(120) % 5 > 0
+    gate = torch.tensor([1.0, 0, 1, 0, 1, 1])
+    a = fit_balanced(x, y, group, subsets=2, used=used, gate=gate)
+    b = fit_balanced((x * gate)[used], y[used], group[used], subsets=2)
+    assert torch.equal(a.weight, b.weight)
+    assert torch.equal(a.bias, b.bias)
