@@ -400,7 +400,7 @@ def _judge(
     heads: list[LinearHead] = []
     masked = gate if bool((gate == 0).any()) else None
 
-    def fit(subsets: int, used: Tensor) -> LinearHead:  # masks its subsets: no masked copy of all features
+    def fit(subsets: int, used: Tensor) -> LinearHead:  # masks its subsets: and not a copy of all
         return average_heads([source.head(used, masked, l2, num_classes, subsets, plan.most) for source in sources])
 
     def judged(used: Tensor) -> LinearHead:

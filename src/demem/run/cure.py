@@ -75,7 +75,7 @@ def remove_and_refit(
         shares=shares,
         typical=groups.typical,
         score_units=score_units,
-        join=groups.informative and not groups.known,
+        join=groups.impure,
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = _choice(data, choose, rounds, held_out, groups)
