@@ -78,7 +78,7 @@ class Groups:
 
     @property
     def impure(self) -> bool:
-        """Whether hard examples of the typical groups may be among the minority: groups of a shortcut that are inferred."""
+        """Whether hard examples of the typical groups may be among the minority: a shortcut's groups are inferred."""
         return self.shortcut and not self.known
 
     @property
