@@ -111,8 +111,8 @@ class MemorizationRemover(Callback):
     Attributes:
         groups: :class:`~demem.groups.Groups` of the training and the held-out examples; ``None`` before training.
         rounds: one :class:`~demem.removal.RoundRecord` for the head as trained, then one per round.
-        units: ``[(unit, score)]``, those that the head reads and that were masked, with the memorization score that each
-            had when it was masked, highest first.
+        units: ``[(unit, score)]``, those that the head reads and that were masked, with the memorization score that
+            each had when it was masked, highest first.
         fine_tuned_on: held-out examples that the network was fine-tuned on; 0 if it was not.
 
     Raises:
