@@ -803,3 +803,25 @@ def test_training_examples_take_part_in_the_refit_for_inferred_groups_only(known
     assert remover.groups.informative
     assert asked[-1] is not known
     assert not any(asked[:-1])  # a refit before a validation reads the held-out examples alone
+
+
+def test_masked_units_are_told_with_their_scores_and_kept_in_checkpoints():
+    class Last(MemorizationRemover):
+        def choose(self, rounds, held_out, groups):
+            scores.extend(round_.score for round_ in rounds)
+            return len(rounds) - 1
+
+    scores = []
+    remover = Last(shares=(0.25, 0.5))
+    module, _ = _fit(remover)
+    units, told = zip(*remover.units, strict=True)
+    assert len(units) == 8
+    assert bool((module.net[-1].weight[:, list(units)] == 0).all())
+    assert list(told) == sorted(told, reverse=True)
+    first = scores[-2].sort(descending=True)  # before the first mask
+    by_unit = dict(remover.units)
+    assert [by_unit[unit] for unit in first.indices[:4].tolist()] == pytest.approx(first.values[:4].tolist())
+    again = MemorizationRemover()
+    again.load_state_dict(remover.state_dict())
+    assert again.units == remover.units
+    assert MemorizationRemover().units == []

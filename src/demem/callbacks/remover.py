@@ -111,6 +111,8 @@ class MemorizationRemover(Callback):
     Attributes:
         groups: :class:`~demem.groups.Groups` of the training and the held-out examples; ``None`` before training.
         rounds: one :class:`~demem.removal.RoundRecord` for the head as trained, then one per round.
+        units: ``[(unit, score)]``, those that the head reads and that were masked, with the memorization score that
+            each had when it was masked, highest first.
         fine_tuned_on: held-out examples that the network was fine-tuned on; 0 if it was not.
 
     Raises:
@@ -154,6 +156,7 @@ class MemorizationRemover(Callback):
         self.reporter = Reporter(report)
         self.groups: Groups | None = None
         self.rounds: list[RoundRecord] = []
+        self.units: list[tuple[int, float]] = []
         self.fine_tuned_on = 0
         self._train_positions = torch.empty(0, dtype=torch.long)  # of the examples that have a group
         self._kept_back: Tensor | None = None  # positions of training examples that are held out
@@ -182,6 +185,7 @@ class MemorizationRemover(Callback):
             "kept_back": self._kept_back,
             "looks_again": self._looks_again,
             "rounds": [asdict(record) for record in self.rounds],
+            "units": self.units,
             "fine_tuned_on": self.fine_tuned_on,
             "removed_at_step": self._removed_at_step,
             "trained": self._trained,
@@ -196,6 +200,7 @@ class MemorizationRemover(Callback):
         self._kept_back = state_dict["kept_back"]
         self._looks_again = bool(state_dict["looks_again"])
         self.rounds = [RoundRecord(**record) for record in state_dict["rounds"]]
+        self.units = [(int(unit), float(score)) for unit, score in state_dict["units"]]
         self.fine_tuned_on = int(state_dict["fine_tuned_on"])
         self._removed_at_step = int(state_dict["removed_at_step"])
         self._trained = dict(state_dict["trained"])
@@ -420,7 +425,7 @@ class MemorizationRemover(Callback):
 
     def _remove(self, data: RunData) -> None:
         """Steps 3 and 4; what fails then must not cost the run."""
-        self.rounds, self.fine_tuned_on = [], 0
+        self.rounds, self.units, self.fine_tuned_on = [], [], 0
         if self.groups is None:  # training was over before it began
             return
         if not self._acts:
@@ -428,7 +433,7 @@ class MemorizationRemover(Callback):
             return
         self._go_on(data.pl_module)
         with restored_on_failure(data.pl_module) as before:
-            self.rounds, self.fine_tuned_on = remove_and_refit(
+            self.rounds, self.units, self.fine_tuned_on = remove_and_refit(
                 data,
                 self.groups,
                 self._train_positions,

@@ -77,6 +77,11 @@ class Groups:
         return self.known or self.shortcut
 
     @property
+    def impure(self) -> bool:
+        """Whether hard examples of the typical groups may be among the minority: a shortcut's groups are inferred."""
+        return self.shortcut and not self.known
+
+    @property
     def many_errors(self) -> bool:
         """Whether the probe knows too little of the class to transfer known groups."""
         return self.error > MANY_ERRORS * _chance(self.num_classes)

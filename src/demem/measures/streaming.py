@@ -73,7 +73,9 @@ class _Reservoir(Metric):
         if sum(map(len, self.keys)) >= 2 * self.capacity:
             kept = torch.zeros(sum(map(len, self.keys)), dtype=torch.bool, device=rows.device)
             kept[torch.cat(self.keys).sort(stable=True).indices[: self.capacity]] = True
-            for i, part in enumerate(torch.split(kept, [len(keys) for keys in self.keys])):  # no second copy of everything
+            for i, part in enumerate(
+                torch.split(kept, [len(keys) for keys in self.keys])
+            ):  # no second copy of everything
                 self.keys[i], self.rows[i] = self.keys[i][part], self.rows[i][part]
 
     def activations(self) -> Activations:

@@ -41,6 +41,7 @@ from demem.removal.rounds import (
     check_shares,
     choose_round,
     clearly_better,
+    masked_units,
     remove_in_rounds,
     worst_group,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "information_gradient",
     "intervene",
     "intervene_weights",
+    "masked_units",
     "most_informed",
     "plan_fits",
     "purify",

@@ -250,6 +250,30 @@ def as_trained(held_out: Examples, trained: LinearHead) -> Round:
     return Round(0.0, 1.0, gate, torch.zeros_like(gate), right, *_worst(right, held_out.group), lambda: trained)
 
 
+def masked_units(rounds: Sequence[Round], chosen: int) -> list[tuple[int, float]]:
+    """Units that the chosen round masks, with their memorization score when they were first masked, highest first.
+
+    Args:
+        rounds: from :func:`remove_in_rounds`.
+        chosen: index of one of them.
+
+    Example:
+        >>> y = torch.arange(80) % 2
+        >>> examples = Examples(y[:, None] + 0.1 * torch.randn(80, 4), y, y)
+        >>> trained = LinearHead(torch.zeros(2, 4), torch.zeros(2))
+        >>> rounds = remove_in_rounds(examples, examples, trained, num_classes=2, shares=(0.5,))
+        >>> len(masked_units(rounds, 1)), len(masked_units(rounds, 2))
+        (0, 2)
+    """
+    score = torch.zeros_like(rounds[0].score)
+    masked = torch.zeros_like(score, dtype=torch.bool)
+    for round_ in rounds[: chosen + 1]:
+        new = (round_.gate == 0) & ~masked
+        score[new], masked = round_.score[new].to(score), masked | new
+    units = (rounds[chosen].gate == 0).nonzero()[:, 0]
+    return sorted(zip(units.tolist(), score[units].tolist(), strict=True), key=lambda unit: -unit[1])
+
+
 def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
     """The shares, or a :class:`ValueError` if they do not grow or are outside (0, 1).
 
@@ -400,7 +424,7 @@ def _judge(
     heads: list[LinearHead] = []
     masked = gate if bool((gate == 0).any()) else None
 
-    def fit(subsets: int, used: Tensor) -> LinearHead:  # masks its subsets: no masked copy of all features
+    def fit(subsets: int, used: Tensor) -> LinearHead:  # masks its subsets: and not a copy of all
         return average_heads([source.head(used, masked, l2, num_classes, subsets, plan.most) for source in sources])
 
     def judged(used: Tensor) -> LinearHead:

@@ -21,6 +21,7 @@ from demem.removal import (
     RoundRecord,
     as_trained,
     fine_tune,
+    masked_units,
     remove_in_rounds,
     tuning_subset,
 )
@@ -47,7 +48,7 @@ def remove_and_refit(
     passes: int,
     seed: int,
     score_units: Callable[..., Tensor] = linear_score,
-) -> tuple[list[RoundRecord], int]:
+) -> tuple[list[RoundRecord], list[tuple[int, float]], int]:
     """Mask units that memorise, refit the head, and fine-tune the network.
 
     Args:
@@ -61,7 +62,8 @@ def remove_and_refit(
         score_units: see :func:`demem.removal.remove_in_rounds`.
 
     Returns:
-        what is known of each round, and how many examples the network was fine-tuned on.
+        what is known of each round, the masked units that the head reads with their scores
+        (:func:`demem.removal.masked_units`), and how many examples the network was fine-tuned on.
 
     Raises:
         ValueError: the data are not those of the groups.
@@ -75,17 +77,18 @@ def remove_and_refit(
         shares=shares,
         typical=groups.typical,
         score_units=score_units,
-        join=groups.informative and not groups.known,
+        join=groups.impure,
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = _choice(data, choose, rounds, held_out, groups)
     records = broadcast([round_.record(chosen=i == chosen, refitted=i > 0) for i, round_ in enumerate(rounds)])
     if chosen == 0:
-        return records, 0
+        return records, [], 0
     write_head(data.head, broadcast(rounds[chosen].head))
     gate = broadcast(rounds[chosen].gate)
     passes = passes if groups.informative else 0  # on classes alone the features would lean on a shortcut all the more
-    return records, _fine_tune(data, held_out, held_out_positions, gate, passes, seed)
+    units = broadcast(masked_units(rounds, chosen))
+    return records, units, _fine_tune(data, held_out, held_out_positions, gate, passes, seed)
 
 
 def refit_for_now(
