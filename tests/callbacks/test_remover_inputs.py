@@ -331,3 +331,22 @@ def test_weights_that_are_not_trained_are_not_fine_tuned():
     module, _ = _fit(remover, HeadOnly(), epochs=2, loaders=_loaders(_set(240, 0.9, 0), MANY))
     assert remover.fine_tuned_on > 0
     assert torch.equal(module.net[0].weight, Net().net[0].weight)
+
+
+def test_many_held_out_examples_are_capped_and_the_small_groups_kept(monkeypatch):
+    from demem.run import cure
+
+    seen = []
+
+    class Watching(MemorizationRemover):
+        def choose(self, rounds, held_out, groups):
+            seen.append((torch.bincount(held_out.group).tolist(), torch.bincount(groups.held_out).tolist()))
+            return super().choose(rounds, held_out, groups)
+
+    monkeypatch.setattr(cure, "HELD_OUT", 50)
+    _fit(Watching(shares=(0.5,)), epochs=1)
+    assert seen
+    for kept, all_of_them in seen:
+        quota = max(kept)
+        assert sum(kept) <= 50 < sum(all_of_them)
+        assert kept == [min(n, quota) for n in all_of_them]
