@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import torch
+
+from benchmarks import __main__, detector
+from benchmarks.results import read_jsonl
+
+MINORITY = torch.tensor([True, True, False, False, False, False])
+
+
+def test_a_perfect_score_has_average_precision_one_and_a_reversed_one_little():
+    score = torch.tensor([0.9, 0.8, 0.3, 0.2, 0.1, 0.0])
+    found = detector.measure(MINORITY, None, score)
+    assert found == {"chosen": 2, "precision": 1.0, "recall": 1.0, "average_precision": 1.0}
+    worst = detector.measure(MINORITY, None, -score)
+    assert worst["precision"] == worst["recall"] == 0
+    assert worst["average_precision"] == pytest.approx((1 / 5 + 2 / 6) / 2)
+
+
+def test_set_and_score_are_measured_apart():
+    chosen = torch.tensor([True, False, True, True, False, False])
+    found = detector.measure(MINORITY, chosen, torch.tensor([3.0, 1.0, 2.0, 0.0, 0.0, 0.0]))
+    assert found["chosen"] == 3
+    assert found["precision"] == pytest.approx(1 / 3)
+    assert found["recall"] == pytest.approx(1 / 2)
+    assert found["average_precision"] == pytest.approx((1 / 1 + 2 / 3) / 2)
+
+
+def test_what_is_undefined_is_none():
+    none = torch.zeros(6, dtype=torch.bool)
+    assert detector.measure(MINORITY, none, torch.arange(6.0))["precision"] is None
+    found = detector.measure(none, MINORITY, torch.arange(6.0))
+    assert (found["precision"], found["recall"], found["average_precision"]) == (0.0, None, None)
+
+
+def test_the_minority_is_what_is_not_the_largest_group_of_its_class_and_balanced_classes_have_none():
+    y = torch.tensor([0] * 10 + [1] * 10)
+    group = torch.tensor([0] * 9 + [1] + [2] * 5 + [3] * 5)
+    assert detector.minority_of(y, group, 2).nonzero()[:, 0].tolist() == [9]
+
+
+def test_log_odds_rank_as_the_cross_entropy_and_do_not_saturate():
+    logits = torch.tensor([[200.0, 0.0, -5.0], [300.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
+    y = torch.tensor([0, 0, 2])
+    odds = detector.log_odds_against(logits, y)
+    assert odds[:2].tolist() == pytest.approx([-200.0 + math.log1p(math.exp(-5)), -300.0 + math.log(2)])
+    p = logits[2].softmax(0)
+    assert float(odds[2]) == pytest.approx(math.log(float((1 - p[2]) / p[2])), abs=1e-5)
+
+
+def test_the_command_finds_the_planted_minority_and_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
+    arguments = [
+        "detector",
+        "--data",
+        "digits,digits_balanced",
+        "--epochs",
+        "1",
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert __main__.main([*arguments, "--methods", "demem,loss"]) == 0
+    assert __main__.main(arguments) == 0
+    rows = read_jsonl(tmp_path / "detector.jsonl")
+    assert [row["method"] for row in rows if row["data"] == "digits"] == ["demem", "loss", "jtt", "xrm"]
+    demem, loss, _, xrm = (row for row in rows if row["data"] == "digits")
+    assert demem["kind"] == "shortcut"
+    assert min(demem["precision"], demem["recall"], demem["average_precision"]) > 0.95
+    assert loss["chosen"] == loss["minority"]
+    assert xrm["tuned_twins"]["rate"] in (0.1, 1.0)
+    balanced = next(row for row in rows if row["data"] == "digits_balanced" and row["method"] == "demem")
+    assert (balanced["minority"], balanced["average_precision"]) == (0, None)
+    assert balanced["kind"] != "shortcut"
+    printed = capsys.readouterr().out
+    assert "undefined" in printed
+    assert balanced["kind"].split()[0] in printed
+
+    def fail(experiment):
+        raise AssertionError("a finished row was made again")
+
+    monkeypatch.setattr(detector, "METHODS", dict.fromkeys(detector.METHODS, fail))
+    assert __main__.main(arguments) == 0
+
+
+def test_wrong_names_are_one_line(capsys):
+    assert __main__.main(["detector", "--data", "nothing"]) == 2
+    assert __main__.main(["detector", "--methods", "afr"]) == 2
+    assert "there are demem, loss, jtt, xrm" in capsys.readouterr().err.replace("\n", " ")
+    assert __main__.main(["detector", "--data", "dominoes"]) == 2
