@@ -149,7 +149,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--seeds", default="5", help="a number or a list, as in compare (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("results/detector"), help="finished rows there are kept")
+    parser.add_argument("--rows", type=Path, help="only print the tables of this file, .jsonl or .jsonl.gz")
     options = parser.parse_args(argv)
+    if options.rows:
+        if not (kept := read_jsonl(options.rows)):
+            raise ValueError(f"--rows {options.rows}: there are no rows.")
+        _tables(kept)
+        return 0
     names, methods, seeds = options.data.split(","), options.methods.split(","), parse_seeds(options.seeds)
     for option, given, known in (("data", names, TASKS), ("methods", methods, METHODS)):
         unknown = sorted(set(given) - set(known))
@@ -187,8 +193,8 @@ def main(argv: list[str]) -> int:
 
 def _tables(rows: list[Row]) -> None:
     console = Console()
-    columns = ("data", "share of the minority", "method", "seeds", "precision", "recall", "average precision")
-    table = Table(*columns, title="The minority of the training set: percent, mean ± standard deviation over the seeds")
+    columns = ("data", "minority", "method", "seeds", "precision", "recall", "AP")
+    table = Table(*columns, title="Minority of the training set: percent, mean ± std over seeds")
     verdicts = Table("data", "verdict", "runs", "why, first of them", title="What demem says before training")
     for data in dict.fromkeys(row["data"] for row in rows):
         of_data = [row for row in rows if row["data"] == data]

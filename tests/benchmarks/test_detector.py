@@ -1,3 +1,5 @@
+import gzip
+import json
 import math
 
 import pytest
@@ -49,6 +51,7 @@ def test_log_odds_rank_as_the_cross_entropy_and_do_not_saturate():
     assert float(odds[2]) == pytest.approx(math.log(float((1 - p[2]) / p[2])), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_finds_the_planted_minority_and_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
     arguments = [
         "detector",
@@ -89,3 +92,17 @@ def test_wrong_names_are_one_line(capsys):
     assert __main__.main(["detector", "--methods", "afr"]) == 2
     assert "there are demem, loss, jtt, xrm" in capsys.readouterr().err.replace("\n", " ")
     assert __main__.main(["detector", "--data", "dominoes"]) == 2
+
+
+def test_the_tables_are_made_again_from_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    row = {"data": "digits", "method": "jtt", "seed": 0, "examples": 100, "minority": 5}
+    values = [{"precision": None, "recall": 0.25, "average_precision": 0.5}]
+    values += [{"precision": 0.5, "recall": 0.75, "average_precision": 0.5}]
+    path = tmp_path / "detector.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps({**row, **value}) + "\n" for value in values).encode()))
+    assert __main__.main(["detector", "--rows", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for part in ("50.0 (1 of 2)", "50.0 ± 35.4", "50.0 ± 0.0"):
+        assert part in printed
+    assert __main__.main(["detector", "--rows", str(tmp_path / "none.jsonl")]) == 2
