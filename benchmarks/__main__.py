@@ -20,6 +20,7 @@ COMMANDS = {
     ("papers", "tracing"): "benchmarks.papers.tracing",
     ("speed", "measures"): "benchmarks.speed.measures",
     ("speed", "remover"): "benchmarks.speed.remover",
+    ("speed", "scale"): "benchmarks.speed.scale",
     ("speed", "tracing"): "benchmarks.speed.tracing",
 }
 

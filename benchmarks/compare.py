@@ -87,6 +87,7 @@ def _compare(options: argparse.Namespace, out: Path, console: Console) -> int:
     if not options.resume:
         _put_aside(out, console)
     rows = read_jsonl(out / "results.jsonl")
+    _drop_extras_without_a_row(out, rows)
     jobs = plan.missing(rows)
     if not jobs and not rows:
         names = ", ".join(dict.fromkeys(method.name for method in plan.methods))
@@ -352,6 +353,21 @@ def _write(out: Path, row: dict[str, Any], extras: dict[str, list[dict[str, Any]
         for record in records:
             append_jsonl(out / f"{kind}.jsonl", {**identity, **record})
     append_jsonl(out / "results.jsonl", row)
+
+
+def _drop_extras_without_a_row(out: Path, rows: list[dict[str, Any]]) -> None:
+    """What a comparison wrote that was killed before the row itself: the row is made again, and its extras with it."""
+    done = {tuple(row.get(key) for key in IDENTITY) for row in rows}
+    for path in (out / f"{name}.jsonl" for name in EXTRAS):
+        records = read_jsonl(path)
+        kept = [record for record in records if tuple(record.get(key) for key in IDENTITY) in done]
+        if len(kept) < len(records):
+            new = path.with_suffix(".part")
+            new.unlink(missing_ok=True)
+            new.touch()
+            for record in kept:
+                append_jsonl(new, record)
+            new.replace(path)
 
 
 def _put_aside(out: Path, console: Console) -> None:

@@ -82,6 +82,7 @@ def rounds_on_test(trained: Features, remover: MemorizationRemover, groups: Grou
         num_classes=len(trained.weight),
         shares=remover.shares,
         typical=groups.typical,
+        join=groups.impure,
     )
     z, y, group = trained.z["test"], trained.y["test"], trained.group["test"]
     return [

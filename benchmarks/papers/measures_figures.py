@@ -19,7 +19,7 @@ def draw(out: Path, runs: list[dict[str, Any]], every: Sequence[Series]) -> None
     for series in every:
         saved = {level: out / f"{series.name}_{level}.pt" for level in series.levels}
         if all(path.is_file() for path in saved.values()):
-            loaded = {str(level): torch.load(path) for level, path in saved.items()}
+            loaded = {str(level): torch.load(path, weights_only=True) for level, path in saved.items()}
             shown = {n: Diversity(s["entropy"], s["mi"], s["units"], s["samples"]) for n, s in loaded.items()}
             figure, _ = plot_diversity(shown)
             figure.suptitle(series.name.replace("_", " "))

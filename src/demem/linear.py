@@ -15,6 +15,8 @@ from torch import Tensor
 
 from demem.sites import check_finite
 
+MANY_CLASSES = 10  # with more, the fit of a head starts from the classes' frequencies, and its bias is rescaled
+
 
 class LinearHead(NamedTuple):
     """Weight ``(C, N)`` and bias ``(C,)`` of a linear classifier for features that are not standardised."""
@@ -44,6 +46,9 @@ def fit_linear(
     with :math:`x` the standardised features, :math:`v` the weights scaled to sum to 1 and :math:`N'` the number of
     features that vary.  The factor :math:`N'` gives :math:`\lambda` the same meaning at every width: it is the penalty
     for features scaled to a total variance of 1.  A feature that does not vary (a masked unit) gets the weight 0.
+
+    It holds one standardised copy of the features, :math:`4SN` bytes, and four arrays of logits, :math:`16SC` bytes;
+    each of some 10 to 100 iterations takes :math:`4SNC` operations.
 
     Args:
         features: ``(S, N)``, finite.
@@ -81,30 +86,42 @@ def fit_linear(
     std, mean = torch.std_mean(features, dim=0, correction=0)
     varies = std > 1e-6 * std.max().clamp_min(1e-12)
     mean, std = mean[varies], std[varies]
-    x = (features[:, varies] - mean) / std
+    x = (features - mean).div_(std) if bool(varies.all()) else features[:, varies].sub_(mean).div_(std)
     penalty = l2 * x.shape[1]
     head = torch.zeros(classes, x.shape[1] + 1, device=x.device)
     head.grad = torch.zeros_like(head)
-    optimizer = torch.optim.LBFGS(
-        [head], max_iter=max_iter, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-6
-    )
     target = F.one_hot(y, classes).float()
+    # Near p = 1/C the curvature is about λN' for V, and 1/C for the bias, which has no penalty.  With many classes that
+    # is what L-BFGS spends its iterations on; for b' = b / √(λN'C) both are alike.
+    many = classes > MANY_CLASSES and penalty > 0
+    scale = (penalty * classes) ** 0.5 if many else 1.0
+    if many:
+        head[:, -1] = (share @ target).clamp_min(0.1 / len(y)).log() / scale
+    optimizer = torch.optim.LBFGS(
+        [head],
+        max_iter=max_iter,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-6,
+        tolerance_change=1e-6 if many else 1e-9,
+    )
 
     # With p = softmax(V x + b) the gradient is Σ_s v_s (p_s − onehot(y_s)) x_sᵀ + λN' V for V, and without x for b.
     # In closed form it takes half the time of autograd.
     def closure() -> Tensor:
-        v, b = head[:, :-1], head[:, -1]
-        log_p = (x @ v.T + b).log_softmax(1)
-        error = (log_p.exp() - target) * share[:, None]
+        v, b = head[:, :-1], scale * head[:, -1]
+        log_p = (x @ v.T).add_(b).log_softmax(1)
+        error = log_p.exp().sub_(target).mul_(share[:, None])
         head.grad[:, :-1] = error.T @ x + penalty * v  # type: ignore[index]
-        head.grad[:, -1] = error.sum(0)  # type: ignore[index]
-        return penalty / 2 * v.square().sum() - (log_p * target * share[:, None]).sum()
+        head.grad[:, -1] = scale * error.sum(0)  # type: ignore[index]
+        return penalty / 2 * v.square().sum() - log_p.mul_(target).mul_(share[:, None]).sum()
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
+    bias = scale * head[:, -1]
     # Undo the standardisation: V (z − μ)/σ + b = (V/σ) z + (b − (V/σ) μ).
     weight = torch.zeros(classes, features.shape[1], device=x.device)
     weight[:, varies] = head[:, :-1] / std
-    return LinearHead(weight, head[:, -1] - weight[:, varies] @ mean)
+    return LinearHead(weight, bias - weight[:, varies] @ mean)
 
 
 def balanced_weights(key: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -141,13 +158,43 @@ def few_of_each_group(group: Tensor, size: int, generator: torch.Generator) -> T
     return torch.cat([m[torch.randperm(len(m), generator=generator)[:size].to(m.device)] for m in members])
 
 
-def balanced_subset(group: Tensor, generator: torch.Generator, smallest: int = 8) -> Tensor:
+def draw_evenly(group: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Draw at most ``most`` examples: all of the small groups, and equally many of each of the others.
+
+    Args:
+        group: ``(S,)`` indices from 0.
+        most: number of examples; where there are no more all are taken, and where there are more groups than that, one
+            example of some.
+        generator: source of the draw.
+
+    Returns:
+        Positions, ascending.
+
+    Example:
+        >>> group = torch.tensor([0] * 20 + [1] * 10 + [2] * 3)
+        >>> torch.bincount(group[draw_evenly(group, 15, torch.Generator().manual_seed(0))])
+        tensor([6, 6, 3])
+    """
+    if len(group) <= most:
+        return torch.arange(len(group), device=group.device)
+    sizes = torch.unique(group, return_counts=True)[1].sort().values
+    # All of the k smallest groups and q of each of the rest are at most `most` examples.
+    rest = torch.arange(len(sizes), 0, -1, device=group.device)
+    quota = int(((most - sizes.cumsum(0) + sizes) // rest).max())
+    drawn = few_of_each_group(group, max(1, quota), generator)
+    if len(drawn) > most:
+        drawn = drawn[torch.randperm(len(drawn), generator=generator)[:most].to(drawn.device)]
+    return drawn.sort().values
+
+
+def balanced_subset(group: Tensor, generator: torch.Generator, smallest: int = 8, most: int | None = None) -> Tensor:
     """Draw as many random examples of each group as the smallest group has; returns positions, group by group.
 
     Args:
         group: ``(S,)`` indices from 0.
         generator: source of the draw.
         smallest: draw at least this many of each group; a group that has fewer contributes all of them.
+        most: draw at most this many examples in all (but one of each group).
 
     Example:
         >>> group = torch.tensor([0] * 20 + [1] * 10 + [2] * 3)
@@ -156,7 +203,10 @@ def balanced_subset(group: Tensor, generator: torch.Generator, smallest: int = 8
         tensor([8, 8, 3])
     """
     _, counts = torch.unique(group, return_counts=True)
-    return few_of_each_group(group, max(smallest, int(counts.min())), generator)
+    size = max(smallest, int(counts.min()))
+    if most is not None:
+        size = min(size, max(1, most // len(counts)))
+    return few_of_each_group(group, size, generator)
 
 
 def fit_balanced(
@@ -169,6 +219,9 @@ def fit_balanced(
     smallest: int = 8,
     seed: int = 0,
     weights: Tensor | None = None,
+    used: Tensor | None = None,
+    gate: Tensor | None = None,
+    most: int | None = None,
 ) -> LinearHead:
     """Average heads that are each fitted on a random subset with equally many examples of every group.
 
@@ -182,6 +235,9 @@ def fit_balanced(
         smallest: see :func:`balanced_subset`.
         seed: seed of the draws.
         weights: ``(S,)`` of the examples within a subset; equal if ``None``.
+        used: ``(S,)`` bool, the examples to draw from; default all.
+        gate: ``(N,)`` that the features of each subset are multiplied with; default ones.
+        most: see :func:`balanced_subset`; memory grows with this and not with S.
 
     Returns:
         The head whose weight and bias are the means over the heads.
@@ -202,11 +258,13 @@ def fit_balanced(
     """
     classes = int(y.max()) + 1 if num_classes is None else num_classes
     generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(len(y), device=y.device) if used is None else used.nonzero()[:, 0]
     heads = []
     for _ in range(subsets):
-        chosen = balanced_subset(group, generator, smallest)
+        chosen = rows[balanced_subset(group[rows], generator, smallest, most)]
         share = None if weights is None else weights[chosen]
-        heads.append(fit_linear(features[chosen], y[chosen], share, l2, classes))
+        some = features[chosen] if gate is None else features[chosen] * gate
+        heads.append(fit_linear(some, y[chosen], share, l2, classes))
     return average_heads(heads)
 
 

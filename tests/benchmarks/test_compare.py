@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.__main__ import main as entry
-from benchmarks.compare import Plan, _alone, _choices, _parser, main, make_plan, run_job
+from benchmarks.compare import Plan, _alone, _choices, _drop_extras_without_a_row, _parser, main, make_plan, run_job
 from benchmarks.experiment import HELD_OUT, TASKS, Experiment, Method, Outcome, Settings, Shared
 from benchmarks.report import summarise, write_report
 from benchmarks.results import append_jsonl, read_jsonl
@@ -320,3 +320,13 @@ def test_a_table_of_other_files_is_refused(tmp_path, capsys, content, message):
     assert entry(["table", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_extras_of_a_row_that_was_not_written_are_dropped(tmp_path):
+    """A comparison that was killed between a row's extras and the row makes both again."""
+    done = {"data": "digits", "method": "erm", "tier": "T0", "held_out": "val", "seed": 0}
+    for identity in (done, done | {"seed": 1}):
+        append_jsonl(tmp_path / "units.jsonl", {**identity, "unit": 3})
+    _drop_extras_without_a_row(tmp_path, [done | {"worst_group_acc": 0.5}])
+    assert read_jsonl(tmp_path / "units.jsonl") == [{**done, "unit": 3}]
+    assert [path.name for path in tmp_path.iterdir()] == ["units.jsonl"]

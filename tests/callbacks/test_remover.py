@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import demem.run
 from demem.callbacks import MemorizationRemover, WorstGroupMonitor
 from demem.groups import Groups, closer_look, find_shortcut
 from demem.removal import ATYPICAL_WEIGHTS, RoundRecord, choose_round, worst_group
@@ -786,3 +787,19 @@ def test_limits_hold_for_the_first_of_several_training_loaders():
     loaders["train_dataloaders"] = {"first": train, "second": DataLoader(VAL, 32, shuffle=True)}
     _fit(remover, First(), epochs=1, loaders=loaders, limit_train_batches=3)
     assert len(remover.groups.index) == 3 * 32
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_training_examples_take_part_in_the_refit_for_inferred_groups_only(known, monkeypatch):
+    asked, rounds = [], demem.run.cure.remove_in_rounds
+
+    def spy(*args, join=False, **options):
+        asked.append(join)
+        return rounds(*args, join=join, **options)
+
+    monkeypatch.setattr("demem.run.cure.remove_in_rounds", spy)
+    remover = MemorizationRemover(use_groups=known)
+    _fit(remover)
+    assert remover.groups.informative
+    assert asked[-1] is not known
+    assert not any(asked[:-1])  # a refit before a validation reads the held-out examples alone

@@ -312,3 +312,14 @@ def test_what_fails_after_training_warns(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"writes no report, because .*No space left"):
         _, trainer = _fit([MemorizationTracer(dirpath=str(tmp_path))])
     assert trainer.global_step == 8
+
+
+def test_a_report_that_fails_half_way_leaves_the_earlier_one_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "trace"
+    folder.mkdir()
+    (folder / "units.csv").write_text("earlier")
+    monkeypatch.setattr("demem.tracing.UnitReport.figure", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.warns(UserWarning, match="disk full"):
+        _fit([MemorizationTracer(dirpath=str(folder))])
+    assert (folder / "units.csv").read_text() == "earlier"
+    assert [path.name for path in folder.iterdir()] == ["units.csv"]

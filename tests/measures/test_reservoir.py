@@ -19,16 +19,17 @@ def test_the_rows_with_the_smallest_keys_in_the_order_in_which_they_came(size, b
         assert torch.equal(found[1], rows[kept])
 
 
-def test_memory_is_bounded_and_rows_are_not_copied_at_every_batch():
-    reservoir, held, copies = Reservoir(10), [], 0
-    rows = torch.randn(1, 3)
-    for position in range(200):
-        before = reservoir._rows[0] if reservoir._rows else None
+def test_rows_are_written_in_place():
+    reservoir, rows = Reservoir(10), torch.randn(1, 3)
+    reservoir.add(torch.tensor([0]), rows)
+    storage, written = reservoir._rows.data_ptr(), 0
+    for position in range(1, 200):
+        before = reservoir._rows[: min(position, 10)].clone()
         reservoir.add(torch.tensor([position]), rows + position)
-        copies += before is not None and reservoir._rows[0] is not before
-        held.append(sum(map(len, reservoir._rows)))
-    assert max(held) == 19
-    assert copies == 19  # each time that ten more came after the first ten
+        written += int((reservoir._rows[: len(before)] != before).any(1).sum())
+        assert len(reservoir._rows) == 10
+    assert reservoir._rows.data_ptr() == storage
+    assert 0 < written < 60  # a new row enters with a chance of 10 in `position`: 30 in all
 
 
 def test_nothing_came():

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from demem.groups import largest_groups
-from demem.linear import LinearHead
-from demem.removal import Examples, choose_round, clearly_better, purify, remove_in_rounds, worst_group
+from demem.linear import LinearHead, average_heads, fit_balanced
+from demem.removal import Examples, as_trained, choose_round, clearly_better, purify, remove_in_rounds, worst_group
 
 
 def _examples(n, share, seed, width=40):
@@ -297,3 +297,36 @@ def test_training_examples_take_no_part_where_they_cost_the_worst_group():
     args = {"num_classes": 2, "shares": (), "typical": typical}
     alone, joined = (remove_in_rounds(misleading, held_out, _head(train), **args, join=j) for j in (False, True))
     assert [r.worst for r in alone] == [r.worst for r in joined]
+
+
+@pytest.mark.parametrize(
+    ("n", "seed", "alone", "weight"), [(100, 2, True, 3.0), (200, 5, False, 10.0), (400, 2, False, 3.0)]
+)
+def test_the_joint_head_is_fitted_on_held_out_and_training_examples(n, seed, alone, weight):
+    held_out, train = _hidden_minority(n, seed)[0], _hidden_minority(2000, 3)[0]
+    typical = torch.tensor([0, 2])
+    purer = purify(held_out, train, typical)
+    both = purer.joined(purify(train, purer, typical))
+    weights = torch.where(both.atypical(typical), weight, 1.0)
+    heads = [fit_balanced(both.features, both.y, both.group, num_classes=2, weights=weights)]
+    args = {"num_classes": 2, "shares": (), "typical": typical}
+    if not alone:  # the mean of two
+        heads.append(max(remove_in_rounds(train, held_out, _head(train), **args)[1:], key=lambda r: r.worst).head)
+    head = remove_in_rounds(train, held_out, _head(train), **args, join=True)[-1].head
+    assert torch.allclose(head.weight, average_heads(heads).weight, atol=1e-5)
+
+
+def test_without_known_groups_no_class_may_lose():
+    """Better on average and in most cells, but one class is a little worse than in the network as trained."""
+    y = torch.arange(400) % 2
+    examples = Examples(torch.zeros(400, 2), y, 3 * y)
+    trained = as_trained(examples, LinearHead(torch.zeros(2, 2), torch.zeros(2)))
+    right = torch.ones(400, dtype=torch.bool)
+    before = torch.where(y == 0, torch.arange(400) < 200, right)
+    after = right.clone()
+    after[1] = False  # an example of class 1, which was right
+    rounds = [replace(trained, right=before), replace(trained, right=after, worst=0.99)]
+    typical = torch.tensor([0, 3])
+    assert choose_round(rounds, examples, typical, groups_known=True) == 1
+    assert choose_round(rounds, examples, typical, groups_known=False) == 0
+    assert choose_round([rounds[0], replace(rounds[1], right=right)], examples, typical, groups_known=False) == 1

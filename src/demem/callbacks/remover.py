@@ -68,8 +68,9 @@ class MemorizationRemover(Callback):
        (:func:`demem.groups.second_look`); one that is still at chance then is probed after the next epoch.
     2. *During training* examples are drawn so that the inferred groups count the same, unless no shortcut was found.
     3. *After the last step, before its validation* units that the head reads are scored by their impact on atypical
-       held-out examples and masked in rounds, and the head is refitted on held-out examples, all inferred groups in
-       equal numbers (:func:`demem.removal.remove_in_rounds`).  Masking while the layers below still learn is undone by
+       held-out examples and masked in rounds, and the head is refitted on held-out examples, and on training examples
+       where they hold more of the minority, all inferred groups in equal numbers
+       (:func:`demem.removal.remove_in_rounds`).  Masking while the layers below still learn is undone by
        them; that is why it comes last.  The network as trained stays where the refit has nothing to go by
        (:func:`demem.removal.choose_round`).
     4. *Unless it stayed as trained* the whole network is fine-tuned on a balanced subset of the held-out examples, if

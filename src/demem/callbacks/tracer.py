@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -322,22 +323,29 @@ class MemorizationTracer(Callback):
             folder = folder / f"epoch={epoch}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if self.table == "csv":
-                self.report.to_csv(folder / "units.csv")
-            else:
-                self.report.to_parquet(folder / "units.parquet")
-            ranked = self.memorised_examples
-            if ranked is not None:
-                write_examples(ranked, folder / "memorised_examples.csv")
-            mapped = next((s for s in self.scores if f"impact_typical/{s}" in self.report.columns), None)
-            self.report.figure(folder / "units.png", mapped, self.top_k, self.scores[0])
-            draw = partial(self.report.draw, mapped, self.top_k, self.scores[0])
-            log_figures(trainer, {"demem/traced_units": draw})
-            if ranked is not None:
-                self._picture(trainer, ranked, folder / "memorised_examples.png")
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
+                self._write_files(trainer, self.report, Path(part))
+                for file in Path(part).iterdir():  # whole or not at all
+                    file.replace(folder / file.name)
+            mapped = self._mapped(self.report)
+            log_figures(trainer, {"demem/traced_units": partial(self.report.draw, mapped, self.top_k, self.scores[0])})
         except OSError as error:
             raise RuntimeError(f"The tracing report cannot be written to {folder}: {error}") from error
         rank_zero_info(f"demem: tracing report in {folder}")
+
+    def _write_files(self, trainer: pl.Trainer, report: UnitReport, folder: Path) -> None:
+        if self.table == "csv":
+            report.to_csv(folder / "units.csv")
+        else:
+            report.to_parquet(folder / "units.parquet")
+        report.figure(folder / "units.png", self._mapped(report), self.top_k, self.scores[0])
+        if self.memorised_examples is not None:
+            write_examples(self.memorised_examples, folder / "memorised_examples.csv")
+            self._picture(trainer, self.memorised_examples, folder / "memorised_examples.png")
+
+    def _mapped(self, report: UnitReport) -> str | None:
+        """The score that the map of the units shows: the first with impacts."""
+        return next((s for s in self.scores if f"impact_typical/{s}" in report.columns), None)
 
     def _picture(self, trainer: pl.Trainer, ranked: RankedExamples, path: Path) -> None:
         dataset = train_loader(trainer).dataset

@@ -11,6 +11,7 @@ from torch import Tensor
 from demem.groups.probe import ShortcutProbe
 from demem.groups.verdict import Kind, Verdict
 from demem.linear import balanced_weights, fit_linear
+from demem.tracing import members_of
 
 MANY_ERRORS = 0.25  # × chance's error; a probe that makes more is not trusted with the transfer of known groups
 FEW_ERRORS = 0.15  # × chance's error; up to here mistakes count as a shortcut's without further evidence
@@ -74,6 +75,11 @@ class Groups:
     def informative(self) -> bool:
         """Whether the groups say more than the classes do."""
         return self.known or self.shortcut
+
+    @property
+    def impure(self) -> bool:
+        """Whether hard examples of the typical groups may be among the minority: a shortcut's groups are inferred."""
+        return self.shortcut and not self.known
 
     @property
     def many_errors(self) -> bool:
@@ -221,9 +227,11 @@ def largest_groups(y: Tensor, group: Tensor, num_classes: int) -> Tensor:
         >>> largest_groups(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 1, 2]), 2)
         tensor([1, 2])
     """
-    return torch.stack(
-        [(group[y == c].mode().values if bool((y == c).any()) else group.new_tensor(-1)) for c in range(num_classes)]
-    )
+    largest = group.new_full((num_classes,), -1)
+    for c, members in members_of(y):
+        if c < num_classes:
+            largest[c] = group[members].mode().values
+    return largest
 
 
 def _groups(

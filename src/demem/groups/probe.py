@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from demem.linear import LinearHead, balanced_weights, crossfit_logits, fit_linear
-from demem.tracing import margins
+from demem.tracing import margins, members_of
 
 PROBE_L2 = 1e-2
 PROGRESS = 0.8  # from chance's error to that of the best layer
@@ -109,15 +109,17 @@ def class_error(logits: Tensor, y: Tensor) -> float:
         0.25
     """
     wrong = (logits.argmax(1) != y).float()
-    return float(torch.stack([wrong[y == c].mean() for c in sorted(set(y.tolist()))]).mean())
+    return float(torch.stack([wrong[members].mean() for _, members in members_of(y)]).mean())
 
 
 def _sure(logits: Tensor, y: Tensor) -> float:
     named = logits.argmax(1)
     margin, right = margins(logits, named), named == y
     sure = torch.ones_like(right)
-    for c in set(y[right].tolist()):
-        sure[y == c] = margin[y == c] >= margin[right & (y == c)].quantile(UNSURE)
+    for _, members in members_of(y):
+        known = margin[members[right[members]]]
+        if len(known):
+            sure[members] = margin[members] >= known.quantile(UNSURE)
     return float(sure[~right].float().mean()) if bool((~right).any()) else 1.0
 
 

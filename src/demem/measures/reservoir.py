@@ -61,8 +61,8 @@ def reservoir_compact(keys: Tensor, rows: Tensor, capacity: int) -> tuple[Tensor
 class Reservoir:
     """A uniform sample of at most ``capacity`` of the rows that came, in the order in which they came.
 
-    It holds fewer than twice ``capacity`` rows and a batch: what is not of the sample is dropped only then, so that a
-    row is copied about twice, however many come.
+    It holds ``capacity`` rows of N numbers, :math:`4N` bytes each for float32, and no more: a row that enters the
+    sample is written over one that leaves it, and all others are not touched.
 
     Args:
         capacity: most rows of the sample.
@@ -80,15 +80,27 @@ class Reservoir:
     def __init__(self, capacity: int, seed: int = 0) -> None:
         self.capacity = capacity
         self.seed = seed
-        self._positions: list[Tensor] = []
-        self._rows: list[Tensor] = []
+        self._seen = 0
+        # One column for each row of the sample, on the CPU: its position, its key, and the number of rows before it.
+        self._held = torch.empty(3, 0, dtype=torch.long)
+        self._slots = torch.empty(0, dtype=torch.long)  # where it lies
+        self._rows: Tensor | None = None
 
     def add(self, positions: Tensor, rows: Tensor) -> None:
         """Take in rows ``(B, N)`` with the integers ``(B,)`` that name them, e.g. positions in the data set."""
-        self._positions.append(positions)
-        self._rows.append(rows)
-        if sum(map(len, self._positions)) >= 2 * self.capacity:
-            self._compact()
+        if self._rows is None:
+            self._rows = rows.new_empty(self.capacity, *rows.shape[1:])
+        positions = positions.cpu().long()
+        came = torch.arange(self._seen, self._seen + len(positions))
+        self._seen += len(positions)
+        held = torch.cat([self._held, torch.stack([positions, reservoir_keys(positions, self.seed), came])], 1)
+        kept = held[1].sort(stable=True).indices[: self.capacity].sort().values  # in the order in which they came
+        old, new = kept[kept < len(self._slots)], kept[kept >= len(self._slots)]
+        free = torch.ones(self.capacity, dtype=torch.bool)
+        free[self._slots[old]] = False
+        into = free.nonzero()[: len(new), 0]
+        self._rows[into.to(rows.device)] = rows[(new - len(self._slots)).to(rows.device)]
+        self._held, self._slots = held[:, kept], torch.cat([self._slots[old], into])
 
     def sample(self) -> tuple[Tensor, Tensor]:
         """Positions ``(S,)`` and rows ``(S, N)``, with S at most ``capacity``.
@@ -96,19 +108,6 @@ class Reservoir:
         Raises:
             RuntimeError: nothing came.
         """
-        if not self._rows:
+        if self._rows is None:
             raise RuntimeError("The reservoir has no rows yet: call add() first.")
-        self._compact()
-        return torch.cat(self._positions), torch.cat(self._rows)
-
-    def _compact(self) -> None:
-        sizes = [len(positions) for positions in self._positions]
-        if sum(sizes) <= self.capacity:
-            return
-        keys = reservoir_keys(torch.cat(self._positions), self.seed)
-        kept = torch.zeros_like(keys, dtype=torch.bool)
-        kept[keys.sort(stable=True).indices[: self.capacity]] = True
-        parts = torch.split(kept, sizes)
-        self._positions = [p[k] for p, k in zip(self._positions, parts, strict=True)]
-        for i, part in enumerate(parts):  # in place: no second copy of everything
-            self._rows[i] = self._rows[i][part.to(self._rows[i].device)]
+        return self._held[0], self._rows[self._slots.to(self._rows.device)]

@@ -13,7 +13,7 @@ from demem.measures.binning import Activations, Binning, as_sites, side_by_side
 from demem.measures.entropy import Correction, entropy, entropy_from_counts, histogram
 from demem.measures.ksg import ksg_mutual_information
 from demem.measures.mutual_information import MICorrection, mutual_information
-from demem.measures.reservoir import reservoir_compact, reservoir_keys
+from demem.measures.reservoir import reservoir_keys
 
 
 class _Reservoir(Metric):
@@ -71,8 +71,12 @@ class _Reservoir(Metric):
         self.keys.append(reservoir_keys(positions.to(rows.device), self.seed))
         self.rows.append(rows)
         if sum(map(len, self.keys)) >= 2 * self.capacity:
-            keys, kept = reservoir_compact(torch.cat(self.keys), torch.cat(self.rows), self.capacity)
-            self.keys, self.rows = [keys], [kept]
+            kept = torch.zeros(sum(map(len, self.keys)), dtype=torch.bool, device=rows.device)
+            kept[torch.cat(self.keys).sort(stable=True).indices[: self.capacity]] = True
+            for i, part in enumerate(
+                torch.split(kept, [len(keys) for keys in self.keys])
+            ):  # no second copy of everything
+                self.keys[i], self.rows[i] = self.keys[i][part], self.rows[i][part]
 
     def activations(self) -> Activations:
         """Return the sample of rows, as a tensor or by site like the batches.
@@ -82,7 +86,9 @@ class _Reservoir(Metric):
         """
         if self.widths is None:
             raise RuntimeError(f"{type(self).__name__} has no activations yet: call update() first.")
-        _, rows = reservoir_compact(dim_zero_cat(self.keys), dim_zero_cat(self.rows), self.capacity)
+        keys, rows = dim_zero_cat(self.keys), dim_zero_cat(self.rows)
+        if int(self.seen) > self.capacity:  # in the order of the keys, whatever the batches and processes were
+            rows = rows[keys.sort(stable=True).indices[: self.capacity]]
         if self._single:
             return rows
         parts = torch.split(rows, list(self.widths.values()), 1)

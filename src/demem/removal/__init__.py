@@ -7,13 +7,14 @@ With the groups that :mod:`demem.groups` inferred, after training:
 
 1. :func:`remove_in_rounds` scores the units that the head reads, masks those that memorise and refits the head on
    held-out examples, with more units masked every round; :func:`choose_round` says which round to keep, and the network
-   as trained is one of them.
+   as trained is one of them.  :func:`purify` makes the inferred groups purer, so that training examples can take part.
 2. :func:`fine_tune` trains the whole network for a few passes on the :func:`tuning_subset` of the held-out examples.
 
 :func:`intervene` changes single units (zero, mean, noise, rewind …) and undoes it bit for bit, for experiments that ask
 what a unit does.
 """
 
+from demem.removal.budget import ROWS, Plan, plan_fits
 from demem.removal.fine_tuning import FineTuned, fine_tune, tuning_subset
 from demem.removal.forget import (
     Choose,
@@ -47,6 +48,7 @@ from demem.removal.rounds import (
 __all__ = [
     "ATYPICAL_WEIGHTS",
     "MASKED_SHARES",
+    "ROWS",
     "SMOOTHING",
     "TRACED",
     "Choose",
@@ -57,6 +59,7 @@ __all__ = [
     "ForgottenUnit",
     "FrozenProbe",
     "Harm",
+    "Plan",
     "Probe",
     "Round",
     "RoundRecord",
@@ -75,6 +78,7 @@ __all__ = [
     "intervene",
     "intervene_weights",
     "most_informed",
+    "plan_fits",
     "purify",
     "remove_in_rounds",
     "rewind",

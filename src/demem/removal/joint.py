@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from demem.linear import crossfit, fit_balanced
+from demem.removal.budget import JUDGED
 
-SUBSETS = 5  # for each of the heads that only judge
 FEWEST_SPLIT = 10  # inferred atypical examples of a class; fewer are all kept
 
 
@@ -91,7 +91,7 @@ def _log_odds(x: Tensor, marked: Tensor, others: Tensor, others_marked: Tensor, 
 
     def fit(used: Tensor) -> tuple[Tensor, Tensor]:
         both = torch.cat([label[used], others_marked.long()])
-        return fit_balanced(torch.cat([x[used], others]), both, both, l2, 2, subsets=SUBSETS)
+        return fit_balanced(torch.cat([x[used], others]), both, both, l2, 2, subsets=JUDGED)
 
     logits = crossfit(x, label, fit, 2)  # type: ignore[arg-type]
     return logits[:, 1] - logits[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from demem.linear import LinearHead, average_heads, balanced_weights, crossfit, fit_balanced, fit_linear
-from demem.removal.joint import SUBSETS, Examples, purify
-from demem.tracing import atypical_by_margin, linear_score, margins
+from demem.removal.budget import FOLDS, KEPT, Plan, plan_fits
+from demem.removal.joint import Examples, purify
+from demem.tracing import atypical_by_margin, linear_score, margins, members_of
 
 ATYPICAL_WEIGHTS = (1.0, 3.0, 10.0, 30.0)
 MASKED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.86, 0.9)
 # Keeps a group of a handful of examples (label noise) from ruling a balanced fit.
 SMOOTHING = 0.02
-ALL_SUBSETS = 20  # for each of the heads that may be kept
 TRACED = 500  # training examples of each group that units and heads are traced on, where there are more
 FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
 FEWEST_WEIGHED = 10  # atypical examples of a class; fewer do not say how much more they should weigh
@@ -136,6 +137,10 @@ def remove_in_rounds(
     (:func:`demem.linear.fit_balanced`): the training examples are fitted already, minority and all, and say less
     about how the network meets new ones.
 
+    Where the fits would take more than minutes, as with many classes, fewer and smaller subsets are drawn, and no units
+    are masked if need be, with a warning (:func:`demem.removal.plan_fits`).  Beside the features of all examples,
+    memory holds those of at most 20,000 three times, and two arrays of logits of the held-out examples.
+
     Args:
         train: examples that the network was trained on.
         held_out: examples that it was not trained on.
@@ -177,19 +182,31 @@ def remove_in_rounds(
     gate, score, width = rounds[0].gate, rounds[0].score, len(rounds[0].gate)
     atypical = None if typical is None else held_out.atypical(typical)
     fewest = 0 if typical is None else held_out.fewest_atypical(typical)
+    heavier = weights if fewest >= FEWEST_WEIGHED else weights[:1]
+    sizes = torch.unique(held_out.group, return_counts=True)[1]
+    subset = int(sizes.clamp(max=max(8, int(sizes.min()))).sum())
+    plan = plan_fits(subset, len(train.y), width, num_classes, len(heavier), shares)
+    if plan.shares != tuple(shares):
+        warnings.warn(
+            f"No units are masked: with {num_classes} classes and {width} units that would take too long. shares=() "
+            "silences this.",
+            stacklevel=2,
+        )
+        shares = plan.shares
     joint: list[_Source] = []
 
     def judge(share: float, weight: float) -> Round:
         own = [] if joint and fewest < FEWEST_WEIGHED else [_Source(held_out, atypical, weight)]
-        return _judge(share, weight, gate, score, held_out, [*own, *joint], l2, num_classes)
+        return _judge(share, weight, gate, score, held_out, [*own, *joint], l2, num_classes, plan)
 
-    tried = [judge(0.0, float(w)) for w in (weights if fewest >= FEWEST_WEIGHED else weights[:1])]
+    tried = [judge(0.0, float(w)) for w in heavier]
     best = max(tried, key=lambda round_: round_.worst)  # the first, and smallest, of equals
-    if join and typical is not None and fewest < train.fewest_atypical(typical):
+    affordable = plan.kept == KEPT
+    if join and affordable and typical is not None and fewest < train.fewest_atypical(typical):
         purer = purify(held_out, train, typical, l2)
         both = purer.joined(purify(train, purer, typical, l2))
-        for heavier in JOINT_WEIGHTS:
-            joint = [_Source(both, both.atypical(typical), heavier)]
+        for more in JOINT_WEIGHTS:
+            joint = [_Source(both, both.atypical(typical), more)]
             joined = judge(0.0, best.weight)
             if joined.worst >= best.worst - best.standard_error:
                 tried = [joined]
@@ -265,7 +282,7 @@ def clearly_better(right: Tensor, than: Tensor, cell: Tensor) -> bool:
         (True, False)
     """
     difference = right.float() - than.float()
-    cells = [difference[cell == k] for k in _judged(cell)]
+    cells = _judged(difference, cell)
     mean = sum(float(values.mean()) for values in cells)
     variances = [(2 + float((values - values.mean()).square().sum())) / (len(values) + 2) for values in cells]
     error = math.sqrt(sum(variance / len(values) for variance, values in zip(variances, cells, strict=True)))
@@ -314,14 +331,14 @@ def choose_round(
     if groups_known and fewest >= FEWEST_ATYPICAL and not scattered:
         return refit
     new, old, cell = rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical
-    loses = any(int(new[cell == k].sum()) < int(old[cell == k].sum()) for k in set(cell.tolist()))
+    loses = any(int(new[members].sum()) < int(old[members].sum()) for _, members in members_of(cell))
     return refit if clearly_better(new, old, cell) and (groups_known or not loses) else 0
 
 
-def _judged(group: Tensor) -> list[int]:
-    """Groups with enough examples to judge; all, if none has."""
-    counts = torch.bincount(group)
-    return (counts >= FEWEST_JUDGED).nonzero()[:, 0].tolist() or (counts > 0).nonzero()[:, 0].tolist()
+def _judged(values: Tensor, group: Tensor) -> list[Tensor]:
+    """The values of each group with enough examples to judge; of all groups, if none has."""
+    parts = [values[members] for _, members in members_of(group)]
+    return [part for part in parts if len(part) >= FEWEST_JUDGED] or parts
 
 
 def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> tuple[float, float]:
@@ -339,7 +356,7 @@ def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> tuple[float, float]
 
 
 def _worst(right: Tensor, group: Tensor) -> tuple[float, float]:
-    worst = min((right[group == g].float() for g in _judged(group)), key=lambda values: float(values.mean()))
+    worst = min(_judged(right.float(), group), key=lambda values: float(values.mean()))
     return float(worst.mean()), _standard_error(float(worst.mean()), len(worst))
 
 
@@ -356,13 +373,17 @@ class _Source(NamedTuple):
     atypical: Tensor | None
     weight: float
 
-    def head(self, used: Tensor, gate: Tensor, l2: float, num_classes: int, subsets: int) -> LinearHead:
+    def head(
+        self, used: Tensor, gate: Tensor | None, l2: float, num_classes: int, subsets: int, most: int
+    ) -> LinearHead:
         """Fitted on the ``used`` held-out examples, and on all others, with some units masked."""
-        used = F.pad(used, (0, len(self.examples.y) - len(used)), value=True)
-        x, y, group = (values[used] for values in self.examples)
+        x, y, group = self.examples
+        used = F.pad(used, (0, len(y) - len(used)), value=True)
         heavier = self.atypical is not None and self.weight != 1
-        weights = torch.where(self.atypical[used], self.weight, 1.0) if heavier else None  # type: ignore[index]
-        return fit_balanced(x * gate, y, group, l2, num_classes, subsets=subsets, weights=weights)
+        weights = torch.where(self.atypical, self.weight, 1.0) if heavier else None  # type: ignore[arg-type]
+        return fit_balanced(
+            x, y, group, l2, num_classes, subsets=subsets, weights=weights, used=used, gate=gate, most=most
+        )
 
 
 def _judge(
@@ -374,15 +395,20 @@ def _judge(
     sources: Sequence[_Source],
     l2: float,
     num_classes: int,
+    plan: Plan,
 ) -> Round:
     heads: list[LinearHead] = []
+    masked = gate if bool((gate == 0).any()) else None
 
-    def fit(used: Tensor, subsets: int = SUBSETS) -> LinearHead:
-        heads.append(average_heads([source.head(used, gate, l2, num_classes, subsets) for source in sources]))
+    def fit(subsets: int, used: Tensor) -> LinearHead:  # masks its subsets: and not a copy of all
+        return average_heads([source.head(used, masked, l2, num_classes, subsets, plan.most) for source in sources])
+
+    def judged(used: Tensor) -> LinearHead:
+        heads.append(fit(plan.judged, used))
         return heads[-1]
 
-    x, y, group = held_out
-    right = crossfit(x, y, fit, num_classes, group=group).argmax(1) == y
-    folds = tuple(heads)
-    refit = partial(fit, torch.ones_like(y, dtype=torch.bool), ALL_SUBSETS)
-    return Round(share, weight, gate, score, right, *_worst(right, group), refit, folds)
+    # A head's weight is 0 at masked units, so that it may read features that are not masked.
+    features, y, group = held_out
+    right = crossfit(features, y, judged, num_classes, FOLDS, group=group).argmax(1) == y
+    refit = partial(fit, plan.kept, torch.ones_like(y, dtype=torch.bool))
+    return Round(share, weight, gate, score, right, *_worst(right, group), refit, heads)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from demem.batch import apply_model
 from demem.groups import Groups
-from demem.linear import LinearHead, few_of_each_group
+from demem.linear import LinearHead, draw_evenly, few_of_each_group
 from demem.removal import (
+    ROWS,
     TRACED,
     Examples,
     Round,
@@ -32,6 +33,7 @@ from demem.sites import Gates, remove_gates
 from demem.tracing import linear_score
 
 FINE_TUNE_LR = 1e-4
+HELD_OUT = 50_000  # held-out examples that the head is refitted on and judged by, where there are more
 
 Choose = Callable[[Sequence[Round], Examples, Groups], int]
 
@@ -73,7 +75,7 @@ def remove_and_refit(
         shares=shares,
         typical=groups.typical,
         score_units=score_units,
-        join=groups.informative and not groups.known,
+        join=groups.impure,
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = _choice(data, choose, rounds, held_out, groups)
@@ -136,7 +138,11 @@ def _read_held_out(data: RunData, groups: Groups, description: str) -> tuple[Exa
     if not torch.equal(rows.y.cpu(), groups.held_out_y):
         raise changed_data()
     held_out = Examples(rows.activations[site.name], rows.y, groups.held_out.to(rows.y.device))
-    return held_out, rows.position.cpu()
+    if len(rows) <= HELD_OUT:
+        return held_out, rows.position.cpu()
+    # All of the small groups, and equally many of the others: balanced subsets are what they were.
+    some = draw_evenly(groups.held_out, HELD_OUT, torch.Generator().manual_seed(0)).to(rows.y.device)
+    return Examples(*(values[some] for values in held_out)), rows.position[some].cpu()
 
 
 def describe_rounds(rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
@@ -245,6 +251,7 @@ def read_examples(data: RunData, groups: Groups, positions: Tensor, seed: int) -
     """
     site = data.head_input
     few = few_of_each_group(groups.index, TRACED, torch.Generator().manual_seed(seed)).sort().values
+    few = few[draw_evenly(groups.index[few], ROWS, torch.Generator().manual_seed(seed))]
     train = data.train.read([site], "tracing", only=positions[few])
     held_out, held_out_positions = _read_held_out(data, groups, "tracing")
     read = train.position.cpu()

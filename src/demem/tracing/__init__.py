@@ -15,6 +15,7 @@ from demem.tracing.atypical import (
     class_mean,
     example_losses,
     margins,
+    members_of,
 )
 from demem.tracing.capture import ALONE, Ranks, evaluating, predict, read_features, select_rows
 from demem.tracing.critical import CriticalUnits, critical_units
@@ -66,6 +67,7 @@ __all__ = [
     "margins",
     "matched_units",
     "median_difference",
+    "members_of",
     "memorization_score",
     "picture_grid",
     "predict",

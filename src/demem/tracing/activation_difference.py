@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from demem.batch import Batch
 from demem.sites import Site, check_finite
-from demem.tracing.atypical import misclassified
+from demem.tracing.atypical import members_of, misclassified
 from demem.tracing.capture import ALONE, Ranks, read_features
 
 
@@ -35,8 +35,8 @@ def median_difference(features: Tensor, y: Tensor, wrong: Tensor) -> Tensor:
         tensor([0., 4.])
     """
     differences = []
-    for c in torch.unique(y).tolist():
-        bad, good = features[(y == c) & wrong], features[(y == c) & ~wrong]
+    for _, members in members_of(y):
+        bad, good = features[members[wrong[members]]], features[members[~wrong[members]]]
         if len(bad) and len(good):
             differences.append(_median(bad) - _median(good))
     if not differences:

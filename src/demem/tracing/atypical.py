@@ -92,8 +92,8 @@ def atypical_by_score(score: Tensor, y: Tensor, share: float = 0.2, num_classes:
             "Look for a diverged loss or broken inputs."
         )
     mask = torch.zeros_like(y, dtype=torch.bool)
-    for c in _classes(y, num_classes):
-        members = (y == c).nonzero()[:, 0]
+    _classes(y, num_classes)
+    for _, members in members_of(y):
         count = max(1, round(share * len(members)))
         # A stable sort breaks ties by position, the same on every device and rank.
         order = torch.sort(score[members], descending=True, stable=True).indices
@@ -134,8 +134,9 @@ def atypical_by_error(logits: Tensor, y: Tensor, num_classes: int | None = None)
         tensor([False,  True, False,  True])
     """
     wrong = misclassified(logits, y)
+    found = set(y[wrong].tolist())
     for c in _classes(y, num_classes):
-        if not bool(wrong[y == c].any()):
+        if c not in found:
             raise ValueError(
                 f"No example of class {c} is misclassified, so none is atypical by error. Choose a share of the lowest "
                 "margins instead (atypical='margin'), and make sure that the examples were held out from training."
@@ -171,8 +172,8 @@ def atypical_by_group(y: Tensor, group: Tensor, group_counts: Tensor | None = No
         raise ValueError(f"Group {int(group.max())} occurs, but group_counts has {len(group_counts)} entries.")
     minority = torch.zeros(len(group_counts), dtype=torch.bool, device=group.device)
     seen: set[int] = set()
-    for c in _classes(y, None):
-        groups = torch.unique(group[y == c])
+    for _, members in members_of(y):
+        groups = torch.unique(group[members])
         if seen.intersection(groups.tolist()):
             raise ValueError("A group holds examples of two classes; number groups within each class.")
         seen.update(groups.tolist())
@@ -251,10 +252,24 @@ def class_mean(values: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
         >>> class_mean(torch.tensor([1.0, 1.0, 1.0, 5.0]), y, everything)
         tensor(3.)
     """
-    classes = torch.unique(y[chosen])
-    if not len(classes):
+    rows = chosen.nonzero()[:, 0]
+    if not len(rows):
         raise ValueError("No atypical example was given.")
-    return torch.stack([values[chosen & (y == c)].mean(0) for c in classes]).mean(0)
+    return torch.stack([values[rows[members]].mean(0) for _, members in members_of(y[rows])]).mean(0)
+
+
+def members_of(key: Tensor) -> list[tuple[int, Tensor]]:
+    """The positions of each value that occurs, ascending, by one sort rather than one search for each value.
+
+    Args:
+        key: ``(S,)`` class or group indices.
+
+    Example:
+        >>> members_of(torch.tensor([5, 2, 5]))
+        [(2, tensor([1])), (5, tensor([0, 2]))]
+    """
+    values, counts = torch.unique(key, return_counts=True)
+    return list(zip(values.tolist(), torch.split(key.argsort(stable=True), counts.tolist()), strict=True))
 
 
 def _classes(y: Tensor, num_classes: int | None) -> list[int]:

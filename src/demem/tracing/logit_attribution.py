@@ -119,8 +119,11 @@ def linear_score(
     """
     if atypical.shape != y.shape or atypical.dtype != torch.bool:
         raise ValueError(f"`atypical` must be a boolean mask of shape {tuple(y.shape)}.")
-    impact = linear_impact(features, weight, y, logits=logits, other=other, centre=centre)
-    return -class_mean(impact, y, atypical)
+    # Only the atypical rows: four arrays of the size of all features would be much.
+    some = [None if values is None else values[atypical] for values in (logits, other)]
+    centre = features.mean(0) if isinstance(centre, str) and centre == "mean" else centre
+    impact = linear_impact(features[atypical], weight, y[atypical], logits=some[0], other=some[1], centre=centre)
+    return -class_mean(impact, y[atypical], torch.ones_like(y[atypical], dtype=torch.bool))
 
 
 def head_impact(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from demem.tracing.atypical import members_of
+
 
 def memorization_score(impact: Tensor | Mapping[str, Tensor], memorising: Tensor | Mapping[str, Tensor]) -> Tensor:
     r"""Score examples by how much the kept units help them and the memorising units fail them.
@@ -97,8 +99,8 @@ def rank_examples(
     if k is not None:
         if per_class:
             keep = torch.zeros_like(y, dtype=torch.bool)
-            for c in torch.unique(y).tolist():
-                keep[order[y[order] == c][:k]] = True
+            for _, members in members_of(y[order]):
+                keep[order[members[:k]]] = True
             order = order[keep[order]]
         else:
             order = order[:k]
