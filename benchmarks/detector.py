@@ -7,6 +7,8 @@ method sees a group:
 - ``demem``: :func:`demem.groups.detect` on all training examples and the network before training.  Its set is the
   inferred minority, which is empty unless the verdict is a shortcut; its score is the log-odds of the cross-fitted
   probe against the label;
+- ``second_look``: what demem's callback ends with: the same, unless the verdict left it open; then the network is
+  detected again after the first epoch of plain training (:func:`demem.groups.second_look`);
 - ``loss``: cross-entropy of the network after plain training.  The loss alone draws no line, so that its set is given
   the *true* number of minority examples: those with the largest loss;
 - ``jtt``: the errors after one epoch, JTT's fixed choice; the score is the cross-entropy then;
@@ -14,8 +16,7 @@ method sees a group:
   trained on the example.
 
 Everything is of the whole training set, nothing held out.  Average precision needs no line, and for a score that knows
-nothing it is the share of the minority.  demem's callback looks a second time after the first epoch where the verdict
-leaves it open; that is no part of this table.
+nothing it is the share of the minority.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -40,7 +42,8 @@ from benchmarks.baselines.xrm_dro import find_twins, read_both
 from benchmarks.compare import check_files, parse_seeds, quiet
 from benchmarks.experiment import TASKS, Experiment, Settings, Shared
 from benchmarks.results import append_jsonl, read_jsonl
-from demem.groups import detect, largest_groups
+from demem.groups import Detection, Groups, ShortcutProbe, detect, infer_groups, largest_groups, second_look
+from demem.module import Classifier
 
 HELD_OUT = "none"
 LARGER = 1.5  # times the next group of the class; else that one is no minority
@@ -95,12 +98,39 @@ def measure(minority: Tensor, chosen: Tensor | None, score: Tensor) -> Row:
     }
 
 
-def _demem(experiment: Experiment) -> Found:
+def _detect(experiment: Experiment, module: Classifier) -> Detection:
     loader = experiment.data().train_eval_dataloader()
-    found = detect(experiment.module(), loader, max_examples=len(loader.dataset))  # type: ignore[arg-type]
-    groups = found.groups
-    told = {"kind": groups.kind, "why": groups.why, "site": groups.site, "error": groups.error, "sure": groups.sure}
-    return found.minority, log_odds_against(found.probe.logits.cpu(), groups.y), told
+    return detect(module, loader, max_examples=len(loader.dataset))  # type: ignore[arg-type]
+
+
+def _told(groups: Groups, probe: ShortcutProbe) -> Found:
+    told = {name: getattr(groups, name) for name in ("kind", "why", "site", "error", "sure", "epoch")}
+    same = (groups.num_classes + 1) * groups.y
+    return groups.index != same, log_odds_against(probe.logits.cpu(), groups.y), told
+
+
+def _demem(experiment: Experiment) -> Found:
+    found = _detect(experiment, experiment.module())
+    return _told(found.groups, found.probe)
+
+
+class _FirstEpoch(pl.Callback):
+    """Stops after it, in the schedule of the whole training."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = True
+
+
+def _second_look(experiment: Experiment) -> Found:
+    first = _detect(experiment, experiment.module())
+    if not first.groups.open:
+        return _told(first.groups, first.probe)
+    later = _detect(experiment, experiment.fit(callbacks=[_FirstEpoch()], validate=False).module)
+    none = torch.zeros(0, dtype=torch.long)
+    features = torch.zeros(0, later.probe.head.weight.shape[1])
+    groups = infer_groups(later.probe, first.groups.y, features, none, epoch=1).judged(later.verdict)
+    kept = second_look(first.groups, groups)
+    return _told(kept, later.probe if kept is groups else first.probe)
 
 
 def _loss(experiment: Experiment) -> Found:
@@ -121,7 +151,13 @@ def _xrm(experiment: Experiment) -> Found:
     return (both.argmax(2) != y[:, None]).any(1), log_odds_against(unseen, y), found
 
 
-METHODS: dict[str, Callable[[Experiment], Found]] = {"demem": _demem, "loss": _loss, "jtt": _jtt, "xrm": _xrm}
+METHODS: dict[str, Callable[[Experiment], Found]] = {
+    "demem": _demem,
+    "second_look": _second_look,
+    "loss": _loss,
+    "jtt": _jtt,
+    "xrm": _xrm,
+}
 
 
 def run(experiment: Experiment, method: str) -> Row:
@@ -195,7 +231,7 @@ def _tables(rows: list[Row]) -> None:
     console = Console()
     columns = ("data", "minority", "method", "seeds", "precision", "recall", "AP")
     table = Table(*columns, title="Minority of the training set: percent, mean ± std over seeds")
-    verdicts = Table("data", "verdict", "runs", "why, first of them", title="What demem says before training")
+    verdicts = Table("data", "method", "verdict", "runs", "why, first of them", title="What demem says")
     for data in dict.fromkeys(row["data"] for row in rows):
         of_data = [row for row in rows if row["data"] == data]
         share = _spread([row["minority"] / row["examples"] for row in of_data])
@@ -203,10 +239,11 @@ def _tables(rows: list[Row]) -> None:
             mine = [row for row in of_data if row["method"] == method]
             values = [_spread([row[key] for row in mine]) for key in ("precision", "recall", "average_precision")]
             table.add_row(data, share, method, str(len(mine)), *values)
-        judged = [row for row in of_data if "kind" in row]
-        for kind, count in Counter(row["kind"] for row in judged).most_common():
-            why = next(row["why"] for row in judged if row["kind"] == kind)
-            verdicts.add_row(data, kind, f"{count} of {len(judged)}", why)
+        for method in ("demem", "second_look"):
+            judged = [row for row in of_data if row["method"] == method]
+            for kind, count in Counter(row["kind"] for row in judged).most_common():
+                why = next(row["why"] for row in judged if row["kind"] == kind)
+                verdicts.add_row(data, method, kind, f"{count} of {len(judged)}", why)
     console.print(table)
     if verdicts.row_count:
         console.print(verdicts)
