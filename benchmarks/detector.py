@@ -7,8 +7,8 @@ method sees a group:
 - ``demem``: :func:`demem.groups.detect` on all training examples and the network before training.  Its set is the
   inferred minority, which is empty unless the verdict is a shortcut; its score is the log-odds of the cross-fitted
   probe against the label;
-- ``second_look``: what demem's callback ends with: the same, unless the verdict left it open; then the network is
-  detected again after the first epoch of plain training (:func:`demem.groups.second_look`);
+- ``callback``: the groups that :class:`demem.callbacks.MemorizationRemover` trains with: the same on its own examples,
+  and where the verdict left it open, from a second look after the first epoch;
 - ``loss``: cross-entropy of the network after plain training.  The loss alone draws no line, so that its set is given
   the *true* number of minority examples: those with the largest loss;
 - ``jtt``: the errors after one epoch, JTT's fixed choice; the score is the cross-entropy then;
@@ -22,10 +22,11 @@ nothing it is the share of the minority.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -42,7 +43,8 @@ from benchmarks.baselines.xrm_dro import find_twins, read_both
 from benchmarks.compare import check_files, parse_seeds, quiet
 from benchmarks.experiment import TASKS, Experiment, Settings, Shared
 from benchmarks.results import append_jsonl, read_jsonl
-from demem.groups import Detection, Groups, ShortcutProbe, detect, infer_groups, largest_groups, second_look
+from demem.callbacks import MemorizationRemover
+from demem.groups import Detection, Groups, ShortcutProbe, detect, largest_groups
 from demem.module import Classifier
 
 HELD_OUT = "none"
@@ -114,23 +116,35 @@ def _demem(experiment: Experiment) -> Found:
     return _told(found.groups, found.probe)
 
 
-class _FirstEpoch(pl.Callback):
-    """Stops after it, in the schedule of the whole training."""
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.should_stop = True
+class _Looked(Exception):
+    """The callback has its groups; the rest of the training is not needed."""
 
 
-def _second_look(experiment: Experiment) -> Found:
-    first = _detect(experiment, experiment.module())
-    if not first.groups.open:
-        return _told(first.groups, first.probe)
-    later = _detect(experiment, experiment.fit(callbacks=[_FirstEpoch()], validate=False).module)
-    none = torch.zeros(0, dtype=torch.long)
-    features = torch.zeros(0, later.probe.head.weight.shape[1])
-    groups = infer_groups(later.probe, first.groups.y, features, none, epoch=1).judged(later.verdict)
-    kept = second_look(first.groups, groups)
-    return _told(kept, later.probe if kept is groups else first.probe)
+class _Looks(MemorizationRemover):
+    """Keeps its probes, and ends the run after the second look, or the first one if that left nothing open."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.probes: list[ShortcutProbe] = []
+        super().on_train_start(trainer, pl_module)
+
+    def detect(self, features: Mapping[str, Tensor], y: Tensor, num_classes: int) -> ShortcutProbe:
+        self.probes.append(super().detect(features, y, num_classes))
+        return self.probes[-1]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.groups is not None and (trainer.current_epoch > 0 or not self.groups.open):
+            raise _Looked
+
+
+def _callback(experiment: Experiment) -> Found:
+    looks, data = _Looks(seed=experiment.seed), experiment.data()
+    with contextlib.suppress(_Looked):
+        experiment.fit(data=data, callbacks=[looks])
+    groups = looks.groups
+    assert groups is not None
+    assert torch.equal(groups.y, data.train_eval_dataset.y)  # type: ignore[union-attr]
+    return _told(groups, next(p for p in reversed(looks.probes) if (p.site, p.error) == (groups.site, groups.error)))
 
 
 def _loss(experiment: Experiment) -> Found:
@@ -153,7 +167,7 @@ def _xrm(experiment: Experiment) -> Found:
 
 METHODS: dict[str, Callable[[Experiment], Found]] = {
     "demem": _demem,
-    "second_look": _second_look,
+    "callback": _callback,
     "loss": _loss,
     "jtt": _jtt,
     "xrm": _xrm,
@@ -239,7 +253,7 @@ def _tables(rows: list[Row]) -> None:
             mine = [row for row in of_data if row["method"] == method]
             values = [_spread([row[key] for row in mine]) for key in ("precision", "recall", "average_precision")]
             table.add_row(data, share, method, str(len(mine)), *values)
-        for method in ("demem", "second_look"):
+        for method in ("demem", "callback"):
             judged = [row for row in of_data if row["method"] == method]
             for kind, count in Counter(row["kind"] for row in judged).most_common():
                 why = next(row["why"] for row in judged if row["kind"] == kind)

@@ -1,7 +1,6 @@
 import gzip
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from benchmarks import __main__, detector
 from benchmarks.experiment import TASKS, Experiment, Settings
 from benchmarks.results import read_jsonl
+from demem.groups import Groups
 
 MINORITY = torch.tensor([True, True, False, False, False, False])
 
@@ -69,11 +69,11 @@ def test_the_command_finds_the_planted_minority_and_goes_on_where_it_was_cut_off
     assert __main__.main([*arguments, "--methods", "demem,loss"]) == 0
     assert __main__.main(arguments) == 0
     rows = read_jsonl(tmp_path / "detector.jsonl")
-    assert [row["method"] for row in rows if row["data"] == "digits"] == ["demem", "loss", "second_look", "jtt", "xrm"]
+    assert [row["method"] for row in rows if row["data"] == "digits"] == ["demem", "loss", "callback", "jtt", "xrm"]
     demem, loss, second, _, xrm = (row for row in rows if row["data"] == "digits")
     assert demem["kind"] == "shortcut"
     assert min(demem["precision"], demem["recall"], demem["average_precision"]) > 0.95
-    assert all(second[key] == demem[key] for key in ("epoch", "why", "chosen", "average_precision"))  # nothing was open
+    assert all(second[key] == demem[key] for key in ("kind", "chosen", "average_precision"))  # nothing was open
     assert loss["chosen"] == loss["minority"]
     assert xrm["tuned_twins"]["rate"] in (0.1, 1.0)
     balanced = next(row for row in rows if row["data"] == "digits_balanced" and row["method"] == "demem")
@@ -93,7 +93,7 @@ def test_the_command_finds_the_planted_minority_and_goes_on_where_it_was_cut_off
 def test_wrong_names_are_one_line(capsys):
     assert __main__.main(["detector", "--data", "nothing"]) == 2
     assert __main__.main(["detector", "--methods", "afr"]) == 2
-    assert "there are demem, second_look, loss, jtt, xrm" in capsys.readouterr().err.replace("\n", " ")
+    assert "there are demem, callback, loss, jtt, xrm" in capsys.readouterr().err.replace("\n", " ")
     assert __main__.main(["detector", "--data", "dominoes"]) == 2
 
 
@@ -111,21 +111,10 @@ def test_the_tables_are_made_again_from_rows(tmp_path, capsys, monkeypatch):
     assert __main__.main(["detector", "--rows", str(tmp_path / "none.jsonl")]) == 2
 
 
-def test_the_second_look_is_taken_where_the_first_left_it_open(monkeypatch):
-    experiment = Experiment(TASKS["digits"], Settings(), 0, "none", 3)
-    trained = []
-    plain = detector._detect
-
-    def open_before_training(experiment, module):
-        found = plain(experiment, module)
-        trained.append(module.trainer.global_step if module._trainer is not None else 0)
-        if not trained[-1]:
-            groups = replace(found.groups.without_shortcut(), kind="undecided")
-            return replace(found, groups=groups)
-        return found
-
-    monkeypatch.setattr(detector, "_detect", open_before_training)
-    _, _, told = detector._second_look(experiment)
-    steps = len(experiment.data().train_dataloader())
-    assert trained == [0, steps]  # one epoch of three
-    assert told["epoch"] == 1
+@pytest.mark.parametrize("is_open", [False, True])
+def test_the_callback_looks_again_after_an_epoch_where_the_first_look_left_it_open(monkeypatch, is_open):
+    if is_open:
+        monkeypatch.setattr(Groups, "open", property(lambda groups: groups.epoch == 0))
+    chosen, score, told = detector._callback(Experiment(TASKS["digits"], Settings(), 0, "none", 3))
+    assert told["epoch"] == int(is_open)
+    assert len(chosen) == len(score)
