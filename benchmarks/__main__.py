@@ -15,6 +15,7 @@ COMMANDS = {
     ("ceiling",): "benchmarks.ceiling",
     ("golden",): "benchmarks.golden",
     ("units",): "benchmarks.units",
+    ("detector",): "benchmarks.detector",
     ("papers", "measures"): "benchmarks.papers.measures",
     ("papers", "tracing"): "benchmarks.papers.tracing",
     ("speed", "measures"): "benchmarks.speed.measures",

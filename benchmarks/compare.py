@@ -83,7 +83,7 @@ def _compare(options: argparse.Namespace, out: Path, console: Console) -> int:
     settings = Settings(options.data_root, options.weights, options.cache)
     plan = make_plan(options)
     for task in plan.tasks:
-        _check_files(task, settings)
+        check_files(task, settings)
     if not options.resume:
         _put_aside(out, console)
     rows = read_jsonl(out / "results.jsonl")
@@ -200,7 +200,7 @@ def parse_seeds(given: str) -> list[int]:
     return seeds
 
 
-def _check_files(task: Task, settings: Settings) -> None:
+def check_files(task: Task, settings: Settings) -> None:
     for file in task.files:
         if not (settings.root(task.name) / file).exists():
             raise ValueError(f"--data {task.name} reads {file} below --data-root, and {settings.data_root} has none.")

@@ -20,12 +20,18 @@ UPWEIGHT = (20, 50)
 FIXED = (1, 50)
 
 
-def _errors(experiment: Experiment, epochs: int) -> Tensor:
-    """Which training examples a network gets wrong after so many epochs: bool ``(S,)``."""
+def early_logits(experiment: Experiment, epochs: int) -> tuple[Tensor, Tensor]:
+    """Logits ``(S, C)`` of the training examples after so many epochs, and their labels ``(S,)``."""
     run = experiment.fit(epochs=min(epochs, experiment.epochs))
     train_set = run.data.train_eval_dataset
     assert train_set is not None  # set up by fit
-    return run.logits["train"].argmax(1) != train_set.y
+    return run.logits["train"], train_set.y
+
+
+def _errors(experiment: Experiment, epochs: int) -> Tensor:
+    """Which training examples it gets wrong: bool ``(S,)``."""
+    logits, y = early_logits(experiment, epochs)
+    return logits.argmax(1) != y
 
 
 def _again(experiment: Experiment, wrong: Tensor, upweight: int, monitor: str) -> tuple[Run, KeepBest]:

@@ -108,14 +108,19 @@ def flipped(y: Tensor, held_out: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(drawn, predicted, y)
 
 
-def cross_mistakes(pair: nn.Module, loader: DataLoader[Any], y: Tensor) -> Tensor:
-    """Whether either network contradicts the label: bool ``(S,)``, in the loader's order."""
+def read_both(pair: nn.Module, loader: DataLoader[Any]) -> Tensor:
+    """Logits ``(S, 2, C)`` of both networks, in the loader's order."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pair = pair.to(device).eval()
     with torch.no_grad():
-        predicted = torch.cat([logits_of_both(pair, x.to(device)).argmax(2).cpu() for x, _, _ in loader])
+        logits = torch.cat([logits_of_both(pair, x.to(device)).cpu() for x, _, _ in loader])
     pair.cpu()
-    return (predicted != y[:, None]).any(1)
+    return logits
+
+
+def cross_mistakes(pair: nn.Module, loader: DataLoader[Any], y: Tensor) -> Tensor:
+    """Whether either network contradicts the label: bool ``(S,)``, in the loader's order."""
+    return (read_both(pair, loader).argmax(2) != y[:, None]).any(1)
 
 
 def with_groups(data: GroupedDataModule, train: Tensor, held_out: Tensor, num_groups: int) -> GroupedDataModule:
@@ -154,8 +159,8 @@ def _train(experiment: Experiment, rate: float) -> tuple[Twins, float]:
     return twins, float((twins.labels != y).float().mean())
 
 
-def find_groups(experiment: Experiment) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Inferred groups of the training and the validation examples, and what was chosen and found on the way."""
+def find_twins(experiment: Experiment) -> tuple[Twins, dict[str, Any]]:
+    """The trained twins, and what was chosen and found on the way."""
     trained: dict[float, tuple[Twins, float]] = {}
 
     def choose() -> dict[str, Any]:
@@ -164,13 +169,18 @@ def find_groups(experiment: Experiment) -> tuple[Tensor, Tensor, dict[str, Any]]
 
     tuned = experiment.choose("xrm_dro_twins", choose)
     twins, flip_rate = trained.get(tuned["rate"]) or _train(experiment, tuned["rate"])
+    return twins, {"tuned_twins": tuned, "flip_rate": flip_rate}
+
+
+def find_groups(experiment: Experiment) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Inferred groups of the training and the validation examples, and what was chosen and found on the way."""
+    twins, found = find_twins(experiment)
     data, groups = experiment.data(), []
     sides = ((data.train_eval_dataset, data.train_eval_dataloader()), (data.val_dataset, data.val_dataloader()))
     for rows, loader in sides:
         assert rows is not None  # set up by the experiment
         groups.append(2 * rows.y + cross_mistakes(twins.model, loader, rows.y).long())
-    found = {"tuned_twins": tuned, "flip_rate": flip_rate, "groups": torch.bincount(groups[0]).tolist()}
-    return groups[0], groups[1], found
+    return groups[0], groups[1], {**found, "groups": torch.bincount(groups[0]).tolist()}
 
 
 def xrm_dro(experiment: Experiment) -> Outcome:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from demem.batch import apply_model, unpack_batch
 from demem.groups.inferred import Groups, infer_groups
-from demem.groups.probe import find_shortcut
+from demem.groups.probe import ShortcutProbe, find_shortcut
 from demem.groups.verdict import Verdict, closer_look, sketch
 from demem.sites import ActivationReader, Site, check_finite, default_sites, find_head, find_sites
 from demem.tracing import evaluating
@@ -26,10 +26,12 @@ class Detection:
     Attributes:
         groups: of the examples, with the conclusion (:attr:`~demem.groups.Groups.shortcut`, ``kind`` and ``why``).
         verdict: on the probe's mistakes, with estimated shares and probabilities for each example.
+        probe: whose cross-fitted logits ``(S, C)`` rank the examples, whatever the conclusion.
     """
 
     groups: Groups
     verdict: Verdict
+    probe: ShortcutProbe
 
     @property
     def minority(self) -> Tensor:
@@ -121,7 +123,7 @@ def detect(
     verdict = closer_look(probe.logits, [*features.values(), *sketches], y, classes)
     none = torch.zeros(0, dtype=torch.long)
     groups = infer_groups(probe, y, features[probe.site][:0], none.to(y.device))
-    return Detection(groups.judged(verdict), verdict)
+    return Detection(groups.judged(verdict), verdict, probe)
 
 
 def _read(
