@@ -211,14 +211,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    for (part, axis), points in curves(rows).items():
-        for ax, what in zip(axes, ("cpu_s", "mib"), strict=True):
-            slope = exponent(points, what)
-            name = f"{part}, {axis}" + ("" if slope is None else f" ({slope:.2f})")
-            ax.plot([size_of(p) for p in points], [p[what] or math.nan for p in points], "o-", label=name)
-    for ax, label in zip(axes, ("CPU seconds", "growth of memory, MiB"), strict=True):
-        ax.set(xscale="log", yscale="log", xlabel="rows, units, classes or groups", ylabel=label)
-        if ax.lines:
+    labels = {"cpu_s": "CPU seconds", "mib": "growth of memory, MiB"}
+    for ax, (what, label) in zip(axes, labels.items(), strict=True):
+        ax.set(xlabel="rows, units, classes or groups", ylabel=label)
+        for (part, axis), points in curves(rows).items():
+            measured = [p for p in points if p[what]]  # no growth, or no way to measure it: nothing to draw
+            if measured:
+                slope = exponent(points, what)
+                name = f"{part}, {axis}" + ("" if slope is None else f" ({slope:.2f})")
+                ax.plot([size_of(p) for p in measured], [p[what] for p in measured], "o-", label=name)
+        if ax.lines:  # an axis without a positive value cannot be logarithmic
+            ax.set(xscale="log", yscale="log")
             ax.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

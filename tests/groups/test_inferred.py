@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -111,11 +112,14 @@ def test_what_a_verdict_makes_of_the_groups(kind, shortcut, error, epoch):
     groups = _groups(error, shortcut, epoch=epoch)
     verdict = Verdict(kind, 0.9, "the figures", 0.0, 0.0, 0.0, 1.0, 0.0, torch.zeros(12), torch.zeros(12))
     judged = groups.judged(verdict)
+    nothing_confident = replace(verdict, surprise=math.nan)
+    assert groups.judged(nothing_confident).shortcut == (shortcut and kind == "shortcut" and epoch == 0)
     positive = kind == "shortcut" and epoch == 0
     kinds = ("shortcut", "hard examples") if epoch == 0 else ("shortcut", "hard examples", "undecided")
     few = error == 0.05 and kind in kinds
     assert judged.shortcut == (shortcut and (positive or few))
     assert torch.equal(judged.index, groups.index if judged.shortcut else 3 * groups.y)
     assert torch.equal(judged.held_out, groups.held_out if judged.shortcut else 3 * groups.held_out_y)
-    assert judged.why == "the figures"
+    few_and_sure = "the probe makes few mistakes and is sure of many; " * (judged.shortcut and kind != "shortcut")
+    assert judged.why == few_and_sure + "the figures"
     assert judged.kind == ("shortcut" if judged.shortcut else "hard examples" if kind == "shortcut" else kind)

@@ -113,8 +113,13 @@ def test_stays_as_trained_where_the_refit_has_nothing_to_go_by():
     everything, nothing = torch.ones(200, dtype=torch.bool), torch.zeros(200, dtype=torch.bool)
     refit_wins = [replace(r, right=everything if i else nothing) for i, r in enumerate(rounds)]
     trained_wins = [replace(r, right=nothing if i else everything) for i, r in enumerate(rounds)]
-    # Groups that are known and large enough: refit, whatever the accuracies.
-    assert choose_round(refit_wins, held_out, typical) == choose_round(trained_wins, held_out, typical) == 1
+    same = [replace(r, right=everything) for r in rounds]
+    # Groups that are known and large enough: refit, unless the network as trained is clearly better.
+    assert choose_round(refit_wins, held_out, typical) == choose_round(same, held_out, typical) == 1
+    assert choose_round(trained_wins, held_out, typical) == 0
+    few = torch.where(held_out.atypical(typical) & (torch.arange(200) > 60), typical[held_out.y], held_out.group)
+    assert held_out._replace(group=few).fewest_atypical(typical) < 5  # too few to tell
+    assert choose_round(trained_wins, held_out._replace(group=few), typical) == 1
     # Unknown, or several atypical ones to a class and most with fewer than 5 examples, or none, or a single
     # atypical example of a class: only if clearly better.
     atypical = held_out.group != typical[held_out.y]
@@ -122,7 +127,7 @@ def test_stays_as_trained_where_the_refit_has_nothing_to_go_by():
     none = typical[held_out.y]
     # One small atypical group to a class is no reason.
     small = torch.where(atypical & (torch.arange(200) > 60), typical[held_out.y], held_out.group)
-    assert choose_round(trained_wins, held_out._replace(group=small), typical) == 1
+    assert choose_round(same, held_out._replace(group=small), typical) == 1
     one = torch.where(atypical & (held_out.y == 0), none, held_out.group)
     one[(held_out.y == 0).nonzero()[0]] = 1 - none[held_out.y == 0][0]
     for group, known in ((held_out.group, False), (split, True), (none, True), (one, True)):

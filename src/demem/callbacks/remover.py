@@ -348,8 +348,8 @@ class MemorizationRemover(Callback):
         if stale and self._refitted:
             rank_zero_warn(
                 f"MemorizationRemover: the checkpoint {' and '.join(stale)} is from before the removal: it "
-                "holds the network of its step, with a head that was refitted for it if a validation went before. Save "
-                "the one in memory, masked and fine-tuned, with trainer.save_checkpoint(path)."
+                "holds the network of its epoch with a head that was refitted before its validation, and no masks or "
+                "fine-tuning. To keep these as well: trainer.save_checkpoint(path) after the fit."
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

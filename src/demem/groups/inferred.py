@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -117,7 +118,8 @@ class Groups:
         label noise     any                                      no shortcut
         nothing         any                                      no shortcut
         undecided       any, before training                     no shortcut, and left :attr:`open`
-        another         at least a third, and few mistakes       shortcut
+        another         at least a third, and few mistakes,      shortcut
+                        some of them confident on a closer look
         another         otherwise                                no shortcut, and left :attr:`open`
         ==============  =======================================  =====================================
 
@@ -130,9 +132,11 @@ class Groups:
             return replace(self, why=verdict.why)
         decided = verdict.kind == "shortcut" and self.epoch == 0
         waits = verdict.kind == "undecided" and self.epoch == 0  # wrong labels are still possible
-        possible = verdict.kind not in ("label noise", "nothing") and self.few_errors and not waits
+        few = self.few_errors and not math.isnan(verdict.surprise)  # NaN where no mistake is confident
+        possible = verdict.kind not in ("label noise", "nothing") and few and not waits
         if self.shortcut and (decided or possible):
-            return replace(self, kind="shortcut", why=verdict.why)
+            few_and_sure = "" if verdict.kind == "shortcut" else "the probe makes few mistakes and is sure of many; "
+            return replace(self, kind="shortcut", why=few_and_sure + verdict.why)
         kind = "hard examples" if verdict.kind == "shortcut" else verdict.kind  # of which the probe is not sure
         return replace(self.without_shortcut(), kind=kind, why=verdict.why)
 

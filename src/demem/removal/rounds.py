@@ -326,6 +326,8 @@ def choose_round(
     (:func:`clearly_better`, over the typical and the atypical examples of each class): the groups are unknown, or the
     atypical examples of a class are fewer than two, or spread over several groups, most of which have fewer than 5, as
     where many classes share few held-out examples.  Where the groups are unknown, no class may lose by it, either.
+    It also stays so where it is clearly better itself, over those examples: a head that turns the shortcut round helps
+    the atypical ones by less than it costs the typical ones.
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -352,9 +354,10 @@ def choose_round(
     sizes = sizes[sizes > 0].float()
     scattered = len(sizes) > len(typical) and float(sizes.quantile(0.5)) < FEWEST_JUDGED
     fewest = int(torch.bincount(held_out.y[atypical], minlength=len(typical)).min())
-    if groups_known and fewest >= FEWEST_ATYPICAL and not scattered:
-        return refit
     new, old, cell = rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical
+    if groups_known and fewest >= FEWEST_ATYPICAL and not scattered:
+        reverses = fewest >= FEWEST_JUDGED and clearly_better(old, new, cell)
+        return 0 if reverses else refit
     loses = any(int(new[members].sum()) < int(old[members].sum()) for _, members in members_of(cell))
     return refit if clearly_better(new, old, cell) and (groups_known or not loses) else 0
 

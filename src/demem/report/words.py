@@ -297,18 +297,21 @@ def summarise(
         sizes = f"{', '.join(map(str, groups.sizes))} training examples in the {what} groups of class × attribute"
     else:
         sizes = "the inferred groups are the classes"
-    first = "training drew the groups equally often" if rebalanced and groups.informative else "trained as usual"
+    balanced = rebalanced and groups.informative
+    first = "training drew the groups equally often" if balanced else "trained as usual"
     if kept is None or not kept.refitted:
         done, gained = f"{first}; the network stays as it was trained", "the network is as it was trained"
         if rounds and math.isfinite(rounds[0].worst):
             gained += f"; worst {what} group {rounds[0].worst:.1%} on held-out data"
     else:
         masked = f"{kept.share:.0%} of the units that the head reads masked" if kept.share else "no unit masked"
+        tuning = ", before the fine-tuning" if fine_tuned_on else ""
+        before = "what was before had trained on balanced groups" if balanced else "before: as it was trained"
         tuned = f", fine-tuned on {fine_tuned_on} held-out examples" if fine_tuned_on else ""
         done = f"{first}; {masked}, head refitted{tuned}"
         gained = (
             f"worst {what} group {rounds[0].worst:.1%} → {kept.worst:.1%}{_averages(rounds[0], kept)} on held-out data "
-            "(cross-fitted: each example judged by a head fitted without it, before the fine-tuning)"
+            f"(cross-fitted: each example judged by a head fitted without it{tuning}; {before})"
         )
     lines = [
         f"verdict  {words.headline}{sure}{why}",
