@@ -335,3 +335,21 @@ def test_without_known_groups_no_class_may_lose():
     assert choose_round(rounds, examples, typical, groups_known=True) == 1
     assert choose_round(rounds, examples, typical, groups_known=False) == 0
     assert choose_round([rounds[0], replace(rounds[1], right=right)], examples, typical, groups_known=False) == 1
+
+
+def test_a_single_held_out_example_is_enough_beside_training_ones():
+    held_out, train = _hidden_minority(400, 2)[0], _hidden_minority(2000, 3)[0]
+    for examples in (held_out, train):  # the class is easy to read as well, so that balancing costs no group
+        examples.features[:, 0] += 4 * (2 * examples.y - 1)
+    typical = torch.tensor([0, 2])
+    atypical = held_out.atypical(typical).nonzero()[:, 0]
+    kept = torch.zeros(400, dtype=torch.bool)
+    kept[[int(atypical[held_out.y[atypical] == c][0]) for c in (0, 1)]] = True  # one of each class
+    kept |= ~held_out.atypical(typical)
+    one = Examples(*(values[kept] for values in held_out))
+    args = {"num_classes": 2, "shares": (), "typical": typical}
+    alone, joined = (remove_in_rounds(train, one, _head(train), **args, join=j) for j in (False, True))
+    assert alone[-1].fitted_atypical == 1 < 10 < joined[-1].fitted_atypical
+    same = torch.ones(len(one.y), dtype=torch.bool)  # neither is clearly better
+    chosen = [choose_round([replace(r, right=same) for r in rounds], one, typical) for rounds in (alone, joined)]
+    assert chosen == [0, 1]

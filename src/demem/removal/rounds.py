@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -70,6 +70,7 @@ class Round:
         standard_error: of ``worst``.
         refit: gives the round's head.
         fold_heads: those that ``right`` comes from; none of the network as trained.
+        fitted_atypical: atypical examples that the head is fitted on, of the class that has fewest of them.
     """
 
     share: float
@@ -81,6 +82,7 @@ class Round:
     standard_error: float
     refit: Callable[[], LinearHead]
     fold_heads: Sequence[LinearHead] = ()
+    fitted_atypical: int = 0
 
     def __repr__(self) -> str:
         what = f"{self.share:.0%} of the head's inputs masked, atypical examples weighing {self.weight:g}"
@@ -194,10 +196,12 @@ def remove_in_rounds(
         )
         shares = plan.shares
     joint: list[_Source] = []
+    seen = fewest
 
     def judge(share: float, weight: float) -> Round:
         own = [] if joint and fewest < FEWEST_WEIGHED else [_Source(held_out, atypical, weight)]
-        return _judge(share, weight, gate, score, held_out, [*own, *joint], l2, num_classes, plan)
+        judged = _judge(share, weight, gate, score, held_out, [*own, *joint], l2, num_classes, plan)
+        return replace(judged, fitted_atypical=seen)
 
     tried = [judge(0.0, float(w)) for w in heavier]
     best = max(tried, key=lambda round_: round_.worst)  # the first, and smallest, of equals
@@ -206,12 +210,12 @@ def remove_in_rounds(
         purer = purify(held_out, train, typical, l2)
         both = purer.joined(purify(train, purer, typical, l2))
         for more in JOINT_WEIGHTS:
-            joint = [_Source(both, both.atypical(typical), more)]
+            joint, seen = [_Source(both, both.atypical(typical), more)], both.fewest_atypical(typical)
             joined = judge(0.0, best.weight)
             if joined.worst >= best.worst - best.standard_error:
                 tried = [joined]
                 break
-            joint = []
+            joint, seen = [], fewest
     rounds += tried
     weight = best.weight
     if not shares:
@@ -324,10 +328,10 @@ def choose_round(
 
     The network stays as trained (index 0) where the refit has nothing new to go by and is not clearly better
     (:func:`clearly_better`, over the typical and the atypical examples of each class): the groups are unknown, or the
-    atypical examples of a class are fewer than two, or spread over several groups, most of which have fewer than 5, as
-    where many classes share few held-out examples.  Where the groups are unknown, no class may lose by it, either.
-    It also stays so where it is clearly better itself, over those examples: a head that turns the shortcut round helps
-    the atypical ones by less than it costs the typical ones.
+    atypical examples of a class are fewer than two, training ones that take part included, or spread over several
+    groups, most of which have fewer than 5, as where many classes share few held-out examples.  Where the groups are
+    unknown, no class may lose by it, either.  It also stays so where it is clearly better itself, over those examples:
+    a head that turns the shortcut round helps the atypical ones by less than it costs the typical ones.
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -355,7 +359,8 @@ def choose_round(
     scattered = len(sizes) > len(typical) and float(sizes.quantile(0.5)) < FEWEST_JUDGED
     fewest = int(torch.bincount(held_out.y[atypical], minlength=len(typical)).min())
     new, old, cell = rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical
-    if groups_known and fewest >= FEWEST_ATYPICAL and not scattered:
+    known_enough = max(fewest, rounds[refit].fitted_atypical) >= FEWEST_ATYPICAL
+    if groups_known and known_enough and not scattered:
         reverses = fewest >= FEWEST_JUDGED and clearly_better(old, new, cell)
         return 0 if reverses else refit
     loses = any(int(new[members].sum()) < int(old[members].sum()) for _, members in members_of(cell))
