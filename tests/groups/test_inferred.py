@@ -113,7 +113,7 @@ def test_what_a_verdict_makes_of_the_groups(kind, shortcut, error, epoch):
     verdict = Verdict(kind, 0.9, "the figures", 0.0, 0.0, 0.0, 1.0, 0.0, torch.zeros(12), torch.zeros(12))
     judged = groups.judged(verdict)
     nothing_confident = replace(verdict, surprise=math.nan)
-    assert groups.judged(nothing_confident).shortcut == (shortcut and kind == "shortcut" and epoch == 0)
+    assert groups.judged(nothing_confident).shortcut == (judged.shortcut and epoch == 0)
     positive = kind == "shortcut" and epoch == 0
     kinds = ("shortcut", "hard examples") if epoch == 0 else ("shortcut", "hard examples", "undecided")
     few = error == 0.05 and kind in kinds

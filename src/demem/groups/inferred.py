@@ -118,21 +118,21 @@ class Groups:
         label noise     any                                      no shortcut
         nothing         any                                      no shortcut
         undecided       any, before training                     no shortcut, and left :attr:`open`
-        another         at least a third, and few mistakes,      shortcut
-                        some of them confident on a closer look
+        another         at least a third, and few mistakes       shortcut
         another         otherwise                                no shortcut, and left :attr:`open`
         ==============  =======================================  =====================================
 
         A layer that shows the class as well as the attribute makes the probe less sure of the minority than of the
         rest, so a verdict misses some shortcuts.  Few mistakes make a small minority, and little is lost if they were
         merely hard; many that are not a shortcut's ruin what balancing them touches.  After an epoch of training a
-        network sides with some wrong labels, so that then the first line needs few mistakes, too.
+        network sides with some wrong labels, so that then the first line needs few mistakes, too.  The line of few
+        mistakes then needs one that is confident on a closer look: a network that knows the class makes some anyway.
         """
         if self.known:
             return replace(self, why=verdict.why)
         decided = verdict.kind == "shortcut" and self.epoch == 0
         waits = verdict.kind == "undecided" and self.epoch == 0  # wrong labels are still possible
-        few = self.few_errors and not math.isnan(verdict.surprise)  # NaN where no mistake is confident
+        few = self.few_errors and (self.epoch == 0 or not math.isnan(verdict.surprise))  # NaN: no mistake is confident
         possible = verdict.kind not in ("label noise", "nothing") and few and not waits
         if self.shortcut and (decided or possible):
             few_and_sure = "" if verdict.kind == "shortcut" else "the probe makes few mistakes and is sure of many; "
