@@ -97,7 +97,7 @@ class KeepsTheBest(MemorizationRemover):
 def _verdicts(monkeypatch, *kinds):
     """What the verdicts on the probes' mistakes say, one after the other."""
     kinds = iter(kinds)
-    judged = lambda *args: replace(closer_look(*args), kind=next(kinds))  # noqa: E731
+    judged = lambda *args: replace(closer_look(*args), kind=next(kinds), surprise=1.0)  # noqa: E731
     monkeypatch.setattr("demem.run.detection.closer_look", judged)
 
 
