@@ -318,7 +318,7 @@ def test_a_report_that_fails_half_way_leaves_the_earlier_one_whole(tmp_path, mon
     folder = tmp_path / "trace"
     folder.mkdir()
     (folder / "units.csv").write_text("earlier")
-    monkeypatch.setattr("demem.tracing.UnitReport.figure", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("demem.tracing.UnitReport.to_csv", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.warns(UserWarning, match="disk full"):
         _fit([MemorizationTracer(dirpath=str(folder))])
     assert (folder / "units.csv").read_text() == "earlier"

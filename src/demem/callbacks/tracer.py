@@ -323,24 +323,28 @@ class MemorizationTracer(Callback):
             folder = folder / f"epoch={epoch}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
-                self._write_files(trainer, self.report, Path(part))
-                for file in Path(part).iterdir():  # whole or not at all
-                    file.replace(folder / file.name)
+            for write in (self._write_tables, self._write_pictures):  # tables stay where pictures cannot be drawn
+                with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
+                    write(trainer, self.report, Path(part))
+                    for file in Path(part).iterdir():  # whole or not at all
+                        file.replace(folder / file.name)
             mapped = self._mapped(self.report)
             log_figures(trainer, {"demem/traced_units": partial(self.report.draw, mapped, self.top_k, self.scores[0])})
         except OSError as error:
             raise RuntimeError(f"The tracing report cannot be written to {folder}: {error}") from error
         rank_zero_info(f"demem: tracing report in {folder}")
 
-    def _write_files(self, trainer: pl.Trainer, report: UnitReport, folder: Path) -> None:
+    def _write_tables(self, trainer: pl.Trainer, report: UnitReport, folder: Path) -> None:
         if self.table == "csv":
             report.to_csv(folder / "units.csv")
         else:
             report.to_parquet(folder / "units.parquet")
-        report.figure(folder / "units.png", self._mapped(report), self.top_k, self.scores[0])
         if self.memorised_examples is not None:
             write_examples(self.memorised_examples, folder / "memorised_examples.csv")
+
+    def _write_pictures(self, trainer: pl.Trainer, report: UnitReport, folder: Path) -> None:
+        report.figure(folder / "units.png", self._mapped(report), self.top_k, self.scores[0])
+        if self.memorised_examples is not None:
             self._picture(trainer, self.memorised_examples, folder / "memorised_examples.png")
 
     def _mapped(self, report: UnitReport) -> str | None:
