@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import tempfile
@@ -357,17 +358,14 @@ def _write(out: Path, row: dict[str, Any], extras: dict[str, list[dict[str, Any]
 
 def _drop_extras_without_a_row(out: Path, rows: list[dict[str, Any]]) -> None:
     """What a comparison wrote that was killed before the row itself: the row is made again, and its extras with it."""
+    from demem.report import write_whole
+
     done = {tuple(row.get(key) for key in IDENTITY) for row in rows}
     for path in (out / f"{name}.jsonl" for name in EXTRAS):
         records = read_jsonl(path)
         kept = [record for record in records if tuple(record.get(key) for key in IDENTITY) in done]
         if len(kept) < len(records):
-            new = path.with_suffix(".part")
-            new.unlink(missing_ok=True)
-            new.touch()
-            for record in kept:
-                append_jsonl(new, record)
-            new.replace(path)
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _put_aside(out: Path, console: Console) -> None:

@@ -23,12 +23,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import pytorch_lightning as pl
@@ -43,6 +41,7 @@ from benchmarks.baselines.xrm_dro import find_twins, read_both
 from benchmarks.compare import check_files, parse_seeds, quiet
 from benchmarks.experiment import TASKS, Experiment, Settings, Shared
 from benchmarks.results import append_jsonl, read_jsonl
+from benchmarks.rows import spread
 from demem.callbacks import MemorizationRemover
 from demem.groups import Detection, Groups, ShortcutProbe, detect, largest_groups
 from demem.module import Classifier
@@ -265,12 +264,7 @@ def _tables(rows: list[Row]) -> None:
 
 def _spread(values: list[float | None]) -> str:
     """Mean ± standard deviation in percent of what is defined, and how much of it that is."""
-    there = [100 * value for value in values if value is not None]
+    there = [value for value in values if value is not None]
     if not there:
         return "undefined"
-    spread = stdev(there) if len(there) > 1 else math.nan
-    return (
-        f"{mean(there):.1f}"
-        + ("" if math.isnan(spread) else f" ± {spread:.1f}")
-        + ("" if len(there) == len(values) else f" ({len(there)} of {len(values)})")
-    )
+    return spread(there) + ("" if len(there) == len(values) else f" ({len(there)} of {len(values)})")

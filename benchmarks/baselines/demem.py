@@ -6,21 +6,21 @@ T0 sees no group label; T2 may use those of the held-out examples (``use_groups=
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
 from benchmarks.experiment import Experiment, Features, Method, Outcome, Run
 from benchmarks.heads import fit_head
 from demem.callbacks import MemorizationRemover
 from demem.groups import Groups
-from demem.linear import LinearHead, balanced_weights, few_of_each_group
+from demem.linear import LinearHead, balanced_weights
 from demem.metrics import worst_group_accuracy
-from demem.removal import TRACED, Examples, remove_in_rounds
+from demem.removal import Examples, Round
 from demem.tracing import atypical_by_margin, linear_impact, margins
 
 
@@ -34,8 +34,19 @@ class _BeforeRemoval(pl.Callback):
             self.state = copy.deepcopy(pl_module.state_dict())
 
 
+class _KeepsRounds(MemorizationRemover):
+    """Keeps the rounds that it chose from last, heads and all, for the figure."""
+
+    judged: Sequence[Round] = ()
+
+    def choose(self, rounds: Sequence[Round], held_out: Examples, groups: Groups) -> int:
+        self.judged = rounds
+        return super().choose(rounds, held_out, groups)
+
+
 def _run(experiment: Experiment, use_groups: bool) -> Outcome:
-    remover, before = MemorizationRemover(use_groups=use_groups, seed=experiment.seed), _BeforeRemoval()
+    kind = _KeepsRounds if experiment.watched else MemorizationRemover
+    remover, before = kind(use_groups=use_groups, seed=experiment.seed), _BeforeRemoval()
     run = experiment.fit(callbacks=[before, remover, *experiment.watch()])
     outcome = Outcome(run.logits, {"use_groups": use_groups, **found_and_done(remover)}, run.extras())
     if experiment.watched:
@@ -43,8 +54,8 @@ def _run(experiment: Experiment, use_groups: bool) -> Outcome:
         run.module.load_state_dict(before.state)
         trained = Run(run.module, run.data, 0).features
         outcome.extras["units"] = unit_map(trained, after)
-        assert remover.groups is not None  # found_and_done has asked
-        outcome.extras["rounds"] = rounds_on_test(trained, remover, remover.groups)
+        assert isinstance(remover, _KeepsRounds)
+        outcome.extras["rounds"] = rounds_on_test(trained, remover)
     return outcome
 
 
@@ -68,26 +79,17 @@ def found_and_done(remover: MemorizationRemover) -> dict[str, Any]:
     }
 
 
-def rounds_on_test(trained: Features, remover: MemorizationRemover, groups: Groups) -> list[dict[str, Any]]:
+def rounds_on_test(trained: Features, remover: _KeepsRounds) -> list[dict[str, Any]]:
     """What the remover noted of its rounds, and the test accuracy on the worst true group had it kept each of them and
     not fine-tuned.
 
     For the figure only: test data decides nothing.
     """
-    few = few_of_each_group(groups.index, TRACED, torch.Generator().manual_seed(remover.seed)).sort().values
-    rounds = remove_in_rounds(
-        Examples(trained.z["train"][few], trained.y["train"][few], groups.index[few]),
-        Examples(trained.z["val"], trained.y["val"], groups.held_out),
-        LinearHead(trained.weight, trained.bias),
-        num_classes=len(trained.weight),
-        shares=remover.shares,
-        typical=groups.typical,
-        join=groups.impure,
-    )
     z, y, group = trained.z["test"], trained.y["test"], trained.group["test"]
+    heads = [LinearHead(*(part.cpu() for part in round_.head)) for round_ in remover.judged]
     return [
-        {**asdict(record), "test_worst": float(worst_group_accuracy(r.head(z).argmax(1), y, group))}
-        for record, r in zip(remover.rounds, rounds, strict=True)
+        {**asdict(record), "test_worst": float(worst_group_accuracy(head(z).argmax(1), y, group))}
+        for record, head in zip(remover.rounds, heads, strict=True)
     ]
 
 

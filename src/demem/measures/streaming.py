@@ -70,12 +70,11 @@ class _Reservoir(Metric):
         self.seen += len(rows)
         self.keys.append(reservoir_keys(positions.to(rows.device), self.seed))
         self.rows.append(rows)
-        if sum(map(len, self.keys)) >= 2 * self.capacity:
-            kept = torch.zeros(sum(map(len, self.keys)), dtype=torch.bool, device=rows.device)
+        sizes = [len(keys) for keys in self.keys]
+        if sum(sizes) >= 2 * self.capacity:
+            kept = torch.zeros(sum(sizes), dtype=torch.bool, device=rows.device)
             kept[torch.cat(self.keys).sort(stable=True).indices[: self.capacity]] = True
-            for i, part in enumerate(
-                torch.split(kept, [len(keys) for keys in self.keys])
-            ):  # no second copy of everything
+            for i, part in enumerate(torch.split(kept, sizes)):  # no second copy of everything
                 self.keys[i], self.rows[i] = self.keys[i][part], self.rows[i][part]
 
     def activations(self) -> Activations:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -196,12 +196,10 @@ def remove_in_rounds(
         )
         shares = plan.shares
     joint: list[_Source] = []
-    seen = fewest
 
     def judge(share: float, weight: float) -> Round:
         own = [] if joint and fewest < FEWEST_WEIGHED else [_Source(held_out, atypical, weight)]
-        judged = _judge(share, weight, gate, score, held_out, [*own, *joint], l2, num_classes, plan)
-        return replace(judged, fitted_atypical=seen)
+        return _judge(share, weight, gate, score, held_out, [*own, *joint], l2, num_classes, plan)
 
     tried = [judge(0.0, float(w)) for w in heavier]
     best = max(tried, key=lambda round_: round_.worst)  # the first, and smallest, of equals
@@ -210,12 +208,12 @@ def remove_in_rounds(
         purer = purify(held_out, train, typical, l2)
         both = purer.joined(purify(train, purer, typical, l2))
         for more in JOINT_WEIGHTS:
-            joint, seen = [_Source(both, both.atypical(typical), more)], both.fewest_atypical(typical)
+            joint = [_Source(both, both.atypical(typical), more)]
             joined = judge(0.0, best.weight)
             if joined.worst >= best.worst - best.standard_error:
                 tried = [joined]
                 break
-            joint, seen = [], fewest
+            joint = []
     rounds += tried
     weight = best.weight
     if not shares:
@@ -357,7 +355,7 @@ def choose_round(
     sizes = torch.bincount(held_out.group[atypical])
     sizes = sizes[sizes > 0].float()
     scattered = len(sizes) > len(typical) and float(sizes.quantile(0.5)) < FEWEST_JUDGED
-    fewest = int(torch.bincount(held_out.y[atypical], minlength=len(typical)).min())
+    fewest = held_out.fewest_atypical(typical)
     new, old, cell = rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical
     known_enough = max(fewest, rounds[refit].fitted_atypical) >= FEWEST_ATYPICAL
     if groups_known and known_enough and not scattered:
@@ -405,6 +403,12 @@ class _Source(NamedTuple):
     atypical: Tensor | None
     weight: float
 
+    def fewest_atypical(self, num_classes: int) -> int:
+        """Atypical examples of the class that has fewest of them; 0 where nothing is known of it."""
+        if self.atypical is None:
+            return 0
+        return int(torch.bincount(self.examples.y[self.atypical], minlength=num_classes).min())
+
     def head(
         self, used: Tensor, gate: Tensor | None, l2: float, num_classes: int, subsets: int, most: int
     ) -> LinearHead:
@@ -432,7 +436,7 @@ def _judge(
     heads: list[LinearHead] = []
     masked = gate if bool((gate == 0).any()) else None
 
-    def fit(subsets: int, used: Tensor) -> LinearHead:  # masks its subsets: and not a copy of all
+    def fit(subsets: int, used: Tensor) -> LinearHead:  # masks its subsets, and no copy of everything
         return average_heads([source.head(used, masked, l2, num_classes, subsets, plan.most) for source in sources])
 
     def judged(used: Tensor) -> LinearHead:
@@ -443,4 +447,5 @@ def _judge(
     features, y, group = held_out
     right = crossfit(features, y, judged, num_classes, FOLDS, group=group).argmax(1) == y
     refit = partial(fit, plan.kept, torch.ones_like(y, dtype=torch.bool))
-    return Round(share, weight, gate, score, right, *_worst(right, group), refit, heads)
+    fitted = max(source.fewest_atypical(num_classes) for source in sources)
+    return Round(share, weight, gate, score, right, *_worst(right, group), refit, heads, fitted)

@@ -66,7 +66,7 @@ def observe_before(data: RunData, trained: LinearHead, held_out: Examples, typic
     site, z, y = data.head_input, held_out.features, held_out.y
     logits = trained(z)
     atypical = held_out.atypical(typical)
-    if int(torch.bincount(y[atypical], minlength=len(typical)).min()) < 2:
+    if held_out.fewest_atypical(typical) < 2:
         atypical = atypical_by_margin(margins(logits, y), y)
     impact = linear_impact(z, trained.weight, y, logits=logits)
     on_atypical, on_typical = class_mean(impact, y, atypical), class_mean(impact, y, ~atypical)
