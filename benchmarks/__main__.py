@@ -16,6 +16,7 @@ COMMANDS = {
     ("golden",): "benchmarks.golden",
     ("units",): "benchmarks.units",
     ("detector",): "benchmarks.detector",
+    ("situations",): "benchmarks.situations",
     ("papers", "measures"): "benchmarks.papers.measures",
     ("papers", "tracing"): "benchmarks.papers.tracing",
     ("speed", "measures"): "benchmarks.speed.measures",

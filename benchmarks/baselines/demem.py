@@ -69,7 +69,7 @@ def found_and_done(remover: MemorizationRemover) -> dict[str, Any]:
     if groups is None:
         raise RuntimeError("The remover has not seen the start of training.")
     chosen = next(r for r in remover.rounds if r.chosen)
-    probe = {name: getattr(groups, name) for name in ("epoch", "site", "error", "sure", "shortcut")}
+    probe = {name: getattr(groups, name) for name in ("epoch", "site", "error", "sure", "shortcut", "kind", "why")}
     return {
         "masked_share": chosen.share,
         "weight": chosen.weight,

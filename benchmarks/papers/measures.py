@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.papers import language
 from benchmarks.papers.measures_report import report
 from benchmarks.results import append_jsonl, read_jsonl
 from demem.linear import few_of_each_group
@@ -48,7 +49,8 @@ class Series:
     bins: int
     paper_tau: dict[str, float]
     train: Callable[[float, int, argparse.Namespace], tuple[nn.Module, Tensor, dict[str, Any]]]
-    needs_data: bool = True
+    reads: str = "MNIST"  # below ``--data-root``; "" for nothing
+    batch: int = 2000  # examples read at once
 
 
 def main(argv: list[str]) -> int:
@@ -74,8 +76,8 @@ def main(argv: list[str]) -> int:
     for series in SERIES:
         if options.only and series.name not in options.only:
             continue
-        if series.needs_data and options.data_root is None:
-            print(f"{series.name}: skipped, it reads MNIST: pass --data-root.")
+        if series.reads and (options.data_root is None or not (options.data_root / series.reads).is_dir()):
+            print(f"{series.name}: skipped, it reads {series.reads}: pass --data-root with the folder above it.")
             continue
         for seed in range(options.seeds):
             for level in series.levels:
@@ -98,7 +100,7 @@ def run(series: Series, level: float, seed: int, options: argparse.Namespace) ->
     """Train one network and measure it on unlabelled examples."""
     start = time.perf_counter()
     model, inputs, row = series.train(level, seed, options)
-    x = collect_activations(model, inputs.split(2000), series.sites, max_samples=None)
+    x = collect_activations(model, inputs.split(series.batch), series.sites, max_samples=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TiesWarning)  # the circles are read after their ReLU, as in the paper
         d = measure_diversity(x, series.bins, max_units=options.mi_units, max_mi_samples=options.mi_samples, seed=0)
@@ -275,7 +277,7 @@ SERIES = (
         20,
         {},
         train_circles_artefact,
-        False,
+        "",
     ),
     Series(
         "circles_shuffle",
@@ -285,7 +287,7 @@ SERIES = (
         20,
         {},
         train_circles_shuffle,
-        False,
+        "",
     ),
     Series(
         "colored_mnist",
@@ -314,6 +316,28 @@ SERIES = (
         100,
         {"mean_h": 1.0, "mean_mi": 0.88},
         train_shuffled_mnist,
+    ),
+    Series(
+        "sentiment_planted",
+        "heuristic",
+        (0.5, 0.65, 0.75, 0.9, 1.0),
+        language.SITES,
+        100,
+        {"mean_h": 0.8, "mean_mi": 0.8},
+        language.train_planted,
+        "rt-polarity",
+        50,
+    ),
+    Series(
+        "sentiment_shuffled",
+        "example-level",
+        (0.0, 0.25, 0.5, 0.75, 1.0),
+        language.SITES,
+        100,
+        {"mean_h": 0.6, "mean_mi": 0.8},
+        language.train_shuffled,
+        "rt-polarity",
+        50,
     ),
 )
 

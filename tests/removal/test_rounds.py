@@ -6,7 +6,16 @@ import torch
 
 from demem.groups import largest_groups
 from demem.linear import LinearHead, average_heads, fit_balanced
-from demem.removal import Examples, as_trained, choose_round, clearly_better, purify, remove_in_rounds, worst_group
+from demem.removal import (
+    Examples,
+    as_trained,
+    choose_round,
+    clearly_better,
+    purify,
+    remove_in_rounds,
+    worst_group,
+    worth_its_cost,
+)
 
 
 def _examples(n, share, seed, width=40):
@@ -200,6 +209,50 @@ def test_a_few_examples_are_not_clearly_better():
     right, than = torch.tensor([True] * 6), torch.tensor([True] * 5 + [False])
     assert not clearly_better(right, than, torch.zeros(6, dtype=torch.long))
     assert clearly_better(right.repeat(50), than.repeat(50), torch.zeros(300, dtype=torch.long))
+
+
+def _cells(*accuracies, sizes=(200, 20, 200, 20)):
+    """Answers of two heads, classes and who is atypical, from (before, after) in four cells: class 0 typical, class 0
+    atypical, class 1 typical, class 1 atypical.  Of equal answers as many as can be are of the same examples."""
+    than, right, y, atypical = [], [], [], []
+    for i, ((before, after), size) in enumerate(zip(accuracies, sizes, strict=True)):
+        than.append(torch.arange(size) < round(before * size))
+        right.append(torch.arange(size) < round(after * size))
+        y.append(torch.full((size,), i // 2))
+        atypical.append(torch.full((size,), i % 2 == 1))
+    return torch.cat(right), torch.cat(than), torch.cat(y), torch.cat(atypical)
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (((1, 0.9), (0.2, 0.7), (1, 0.9), (0.3, 0.8)), True),  # a shortcut
+        (((1, 0.7), (0.0, 0.3), (1, 0.7), (0.0, 0.3)), True),  # no gain on average, but the network is misled
+        (((1, 0.7), (0.0, 0.2), (1, 0.7), (0.0, 0.2)), False),  # wrong labels: a bargain for the worst group alone
+        (((1, 0.84), (0.6, 0.75), (1, 0.84), (0.6, 0.75)), False),  # hard examples: the same, and not misled
+        (((1, 0.99), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), True),  # nearly for nothing
+        (((1, 0.97), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), False),  # but one class pays
+    ],
+)
+def test_a_refit_of_inferred_groups_must_be_worth_its_cost(cells, expected):
+    right, than, y, atypical = _cells(*cells)
+    assert worth_its_cost(right, than, y, atypical) == expected
+
+
+def test_too_few_atypical_examples_speak_against_no_refit():
+    cells = ((1, 0.7), (0, 0), (1, 0.7), (0, 0))
+    assert worth_its_cost(*_cells(*cells, sizes=(200, 4, 200, 4)))
+    assert not worth_its_cost(*_cells(*cells, sizes=(200, 5, 200, 4)))
+
+
+def test_only_inferred_groups_must_be_worth_the_cost():
+    rounds, held_out, typical = _rounds((0.7, 0.6, 0.6))
+    atypical = held_out.atypical(typical)
+    dear = torch.where(atypical, torch.arange(200) % 8 > 0, torch.arange(200) % 9 > 0)
+    rounds = [replace(r, right=dear if i else torch.where(atypical, dear, True)) for i, r in enumerate(rounds)]
+    assert choose_round(rounds, held_out, typical, impure=True) == 0
+    assert not clearly_better(rounds[0].right, dear, 2 * held_out.y + atypical)
+    assert choose_round(rounds, held_out, typical) == 1
 
 
 def test_bad_input_is_refused():

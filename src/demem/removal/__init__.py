@@ -44,6 +44,7 @@ from demem.removal.rounds import (
     masked_units,
     remove_in_rounds,
     worst_group,
+    worth_its_cost,
 )
 
 __all__ = [
@@ -87,4 +88,5 @@ __all__ = [
     "rewindable_sites",
     "tuning_subset",
     "worst_group",
+    "worth_its_cost",
 ]

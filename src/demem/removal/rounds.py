@@ -28,6 +28,9 @@ FEWEST_WEIGHED = 10  # atypical examples of a class; fewer do not say how much m
 JOINT_WEIGHTS = (10.0, 3.0)  # of an atypical example where training examples are fitted as well
 FEWEST_ATYPICAL = 2  # examples of a class; a head balanced on fewer follows chance
 ONE_SIDED = 1.645  # standard errors: 5%
+LIKELY = 0.5  # standard errors: the odds are two to one
+AFFORDABLE = 0.02  # of a class's typical examples may go wrong for a refit whose gain is uncertain
+MISLED = 0.5  # accuracy on atypical examples; below it the network follows something else than the class
 
 
 @dataclass(frozen=True)
@@ -307,16 +310,60 @@ def clearly_better(right: Tensor, than: Tensor, cell: Tensor) -> bool:
         >>> clearly_better(right, ~right, torch.arange(40) % 2), clearly_better(right, right, torch.arange(40) % 2)
         (True, False)
     """
-    difference = right.float() - than.float()
-    cells = _judged(difference, cell)
+    return _improvement(right, than, cell) > ONE_SIDED
+
+
+def _improvement(right: Tensor, than: Tensor, cell: Tensor) -> float:
+    """By how many standard errors one head is more accurate on average over the cells (:func:`clearly_better`)."""
+    cells = _judged(right.float() - than.float(), cell)
     mean = sum(float(values.mean()) for values in cells)
     variances = [(2 + float((values - values.mean()).square().sum())) / (len(values) + 2) for values in cells]
     error = math.sqrt(sum(variance / len(values) for variance, values in zip(variances, cells, strict=True)))
-    return mean > ONE_SIDED * error
+    return mean / error
+
+
+def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> bool:
+    """Whether a refit helps inferred atypical examples by more than it costs the typical ones, as far as can be seen.
+
+    Where no shortcut misleads the network, the inferred atypical examples are hard ones or have wrong labels.  A head
+    that counts them like all others then trades typical examples for them, and their accuracy, the worst there is,
+    rises all the same.  So what counts is the mean over the typical and the atypical examples of each class: a refit
+    is worth its cost where this rises by half a standard error (as in :func:`clearly_better`), and not where it falls
+    by as much.  In between, it is worth it where it costs at most 2% of the typical examples of each class, or where
+    the network gets most of the atypical ones wrong, and so is misled.  Where each class has fewer than 5 atypical
+    examples, nothing speaks against it.
+
+    Args:
+        right: ``(S,)`` bool, whether the refitted head is right on each example.
+        than: the same of the network as trained.
+        y: ``(S,)`` class indices.
+        atypical: bool ``(S,)``.
+
+    Example: one atypical example in two is gained, and one typical example in a hundred lost.
+
+        >>> y, atypical = torch.zeros(220, dtype=torch.long), torch.arange(220) < 20
+        >>> than = ~atypical
+        >>> right = torch.where(atypical, torch.arange(220) % 2 == 0, torch.arange(220) % 100 > 0)
+        >>> worth_its_cost(right, than, y, atypical), worth_its_cost(than, right, y, atypical)
+        (True, False)
+    """
+    if max(torch.bincount(y[atypical]).tolist(), default=0) < FEWEST_JUDGED:
+        return True  # nothing speaks against it
+    improvement = _improvement(right, than, 2 * y + atypical)
+    if abs(improvement) >= LIKELY:
+        return improvement > 0
+    typical = [((than & ~right).float() - (right & ~than).float())[~atypical & (y == c)] for c, _ in members_of(y)]
+    affordable = max((float(lost.mean()) for lost in typical if len(lost)), default=0.0) <= AFFORDABLE
+    return affordable or float(than[atypical].float().mean()) < MISLED
 
 
 def choose_round(
-    rounds: Sequence[Round], held_out: Examples, typical: Tensor, tolerance: float = 1.0, groups_known: bool = True
+    rounds: Sequence[Round],
+    held_out: Examples,
+    typical: Tensor,
+    tolerance: float = 1.0,
+    groups_known: bool = True,
+    impure: bool = False,
 ) -> int:
     """Index of the round to keep.
 
@@ -329,7 +376,8 @@ def choose_round(
     atypical examples of a class are fewer than two, training ones that take part included, or spread over several
     groups, most of which have fewer than 5, as where many classes share few held-out examples.  Where the groups are
     unknown, no class may lose by it, either.  It also stays so where it is clearly better itself, over those examples:
-    a head that turns the shortcut round helps the atypical ones by less than it costs the typical ones.
+    a head that turns the shortcut round helps the atypical ones by less than it costs the typical ones.  Where the
+    groups are inferred, that the head helps must be likely, or cheap (:func:`worth_its_cost`).
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -337,6 +385,7 @@ def choose_round(
         typical: ``(C,)`` the typical group of each class.
         tolerance: see above.
         groups_known: the held-out examples' groups say more than their classes.
+        impure: hard examples of the typical groups may be among the atypical ones, as the groups are inferred.
 
     Example:
         >>> y = torch.arange(80) % 2
@@ -359,6 +408,8 @@ def choose_round(
     new, old, cell = rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical
     known_enough = max(fewest, rounds[refit].fitted_atypical) >= FEWEST_ATYPICAL
     if groups_known and known_enough and not scattered:
+        if impure:
+            return refit if worth_its_cost(new, old, held_out.y, atypical) else 0
         reverses = fewest >= FEWEST_JUDGED and clearly_better(old, new, cell)
         return 0 if reverses else refit
     loses = any(int(new[members].sum()) < int(old[members].sum()) for _, members in members_of(cell))
