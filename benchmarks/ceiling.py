@@ -7,7 +7,6 @@ where the trained layers are what they are.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 from benchmarks.baselines import METHODS
 from benchmarks.compare import parse_seeds, quiet
 from benchmarks.experiment import TASKS, Experiment, Run, Settings, Shared, Task, add_task_options
+from benchmarks.options import Parser
 from benchmarks.results import append_jsonl, read_jsonl
 from benchmarks.rows import spread
 from demem.data import GroupedDataModule
@@ -57,7 +57,7 @@ def _swapped(make: Callable[..., GroupedDataModule], fold: int) -> Callable[...,
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks ceiling", description=__doc__)
+    parser = Parser("ceiling", __doc__)
     add_task_options(parser)
     parser.add_argument("--seeds", default="5", help="as in compare (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("results/ceiling"), help="finished rows there are kept")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.options import Parser
 from benchmarks.results import HELD_OUT, append_jsonl, read_jsonl
 
 if TYPE_CHECKING:  # torch is imported after the arguments are read: --help and a misspelt option answer at once
@@ -99,7 +100,7 @@ def _compare(options: argparse.Namespace, out: Path, console: Console) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks compare", description=__doc__)
+    parser = Parser("compare", __doc__)
     parser.add_argument(
         "--data",
         default="digits",

@@ -21,7 +21,6 @@ nothing it is the share of the minority.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
 from collections import Counter
@@ -40,6 +39,7 @@ from benchmarks.baselines.jtt import FIXED, early_logits
 from benchmarks.baselines.xrm_dro import find_twins, read_both
 from benchmarks.compare import check_files, parse_seeds, quiet
 from benchmarks.experiment import TASKS, Experiment, Settings, Shared
+from benchmarks.options import Parser
 from benchmarks.results import append_jsonl, read_jsonl
 from benchmarks.rows import spread
 from demem.callbacks import MemorizationRemover
@@ -189,7 +189,7 @@ def run(experiment: Experiment, method: str) -> Row:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks detector", description=__doc__)
+    parser = Parser("detector", __doc__)
     parser.add_argument("--data", default="digits", help=f"comma-separated, of {', '.join(TASKS)} (default: digits)")
     parser.add_argument("--data-root", type=Path, help="folder with waterbirds_v1.0, MNIST, FashionMNIST, rt-polarity")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 safetensors file (default: below --data-root)")

@@ -17,12 +17,14 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.options import Parser
+
 PLAN = {"digits": (5, ("val", "iid")), "dominoes": (1, ("val",)), "waterbirds": (1, ("val",))}
 """Data sets with the number of their seeds and the held-out sources."""
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks golden", description=__doc__)
+    parser = Parser("golden", __doc__)
     parser.add_argument("file", type=Path, help="JSON; written where it lacks a value, compared where it has one")
     parser.add_argument("--data", default="digits", help=f"some of {', '.join(PLAN)} (default: digits)")
     parser.add_argument("--data-root", type=Path)

@@ -5,12 +5,13 @@ The data sets that are made of cached features are shown by their pictures or se
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+from benchmarks.options import Parser
 
 if TYPE_CHECKING:
     from benchmarks.experiment import Settings
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     from demem.callbacks import ActivationDiversityMonitor, MemorizationRemover, WorstGroupMonitor
     from demem.report import ReportOptions
 
-    parser = argparse.ArgumentParser("python -m benchmarks report", description=__doc__)
+    parser = Parser("report", __doc__)
     add_task_options(parser)
     parser.add_argument("--held-out", choices=[source for source in HELD_OUT if source != "none"], default="val")
     parser.add_argument("--seed", type=int, default=0)

@@ -11,7 +11,6 @@ Those that need no folder: ``digits`` (two classes), ``digits_ten``, ``tokens`` 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks.baselines import METHODS
 from benchmarks.compare import check_files, parse_seeds, quiet
 from benchmarks.experiment import Experiment, Outcome, Settings, Shared, Task, judge
+from benchmarks.options import Parser
 from benchmarks.results import HELD_OUT, append_jsonl, read_jsonl
 from demem.data import GroupedDataModule, GroupedTensors, make_dominoes, make_spurious_digits
 from demem.data.mnist import load_mnist
@@ -243,7 +243,7 @@ def run(experiment: Experiment) -> Row:
 
 def main(argv: list[str]) -> int:
     without = ",".join(name for name, situation in SITUATIONS.items() if not situation.files)
-    parser = argparse.ArgumentParser(prog="python -m benchmarks situations", description=__doc__)
+    parser = Parser("situations", __doc__)
     parser.add_argument("--data", default=without, help=f"of {', '.join(SITUATIONS)}, or all (default: {without})")
     parser.add_argument("--data-root", type=Path, help="folder with FashionMNIST (and MNIST, for dominoes)")
     parser.add_argument(

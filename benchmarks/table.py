@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.options import Parser
 from benchmarks.report import write_report
 from benchmarks.results import HELD_OUT, read_jsonl
 
@@ -14,7 +14,7 @@ NEEDED = {"data", "method", "tier", "held_out", "seed", "epochs", "worst_group_a
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks table", description=__doc__)
+    parser = Parser("table", __doc__)
     parser.add_argument("file", type=Path, help="results.jsonl of a comparison, or results.jsonl.gz")
     parser.add_argument("--out", type=Path, default=Path("results/table"), help="default: results/table/")
     options = parser.parse_args(argv)

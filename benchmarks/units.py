@@ -9,7 +9,6 @@ For development: judged on the official *validation* set, which takes part in no
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.compare import parse_seeds, quiet
 from benchmarks.experiment import TASKS, Experiment, Settings, add_task_options
+from benchmarks.options import Parser
 from benchmarks.results import append_jsonl, read_jsonl
 from benchmarks.rows import spread
 from demem.batch import apply_model
@@ -218,7 +218,7 @@ def _group_accuracy(module: torch.nn.Module, data: Any) -> list[float]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks units", description=__doc__)
+    parser = Parser("units", __doc__)
     add_task_options(parser)
     parser.add_argument("--seeds", default="10,11,12,13,14,15,16,17", help="as in compare; default: 10 to 17")
     parser.add_argument("--arms", default="none,top,random,all", help=f"of {', '.join(ARMS)}")

@@ -83,6 +83,12 @@ WRONG = {
         "trainer.callbacks: .*MemorizationRemover.*'foo' is not accepted",
     ),
     "a misspelt option": ((*DIGITS, "--trainer.acelerator", "cpu"), "trainer.acelerator"),
+    "an abbreviated option": (
+        (*DIGITS, "--trainer.max_epoch", "1"),
+        r"--trainer.max_epoch 1. Did you mean --trainer.max_epochs\?",
+    ),
+    "no such configuration": (("fit", "--config", "digts.yaml"), "These come with demem: .*configs/data/digits.yaml"),
+    "no such command": (("ft",), r"one of fit, .* Did you mean fit\?"),
     "a value of another type": ((*DIGITS, "--trainer.max_epochs", "ten"), "trainer.max_epochs: .*ten"),
     "a value that the class refuses": (
         (*DIGITS, "--trainer.callbacks+=MemorizationRemover", "--trainer.callbacks.held_out=3"),

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.options import Parser
 from benchmarks.papers import language
 from benchmarks.papers.measures_report import report
 from benchmarks.results import append_jsonl, read_jsonl
@@ -54,7 +55,7 @@ class Series:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks papers measures", description=__doc__)
+    parser = Parser("papers measures", __doc__)
     parser.add_argument("--data-root", type=Path, help="folder with MNIST and waterbirds_v1.0; circles need none")
     parser.add_argument("--out", type=Path, default=Path("results/papers_measures"))
     parser.add_argument("--seeds", type=int, default=5)

@@ -9,7 +9,6 @@ memorised training examples are ranked without group labels.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.experiment import TASKS, Experiment, Settings, Task
+from benchmarks.options import Parser
 from benchmarks.papers.tracing_report import write_report
 from benchmarks.results import append_jsonl, read_jsonl
 from demem.batch import Batch
@@ -92,7 +92,7 @@ class Split:
 
 def main(argv: list[str]) -> int:
     """Run what is not yet in ``--out``; then write the table and figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks papers tracing", description=__doc__)
+    parser = Parser("papers tracing", __doc__)
     parser.add_argument(
         "--data", help="data sets, comma-separated (default: waterbirds, digits, digits_vit as far as there is data)"
     )

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.options import Parser
 from benchmarks.results import append_jsonl
 from demem.measures import activation_codes, entropy, ksg_mutual_information, mutual_information
 
@@ -28,7 +29,7 @@ Pairs = list[tuple[int, int]]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks speed measures", description=__doc__)
+    parser = Parser("speed measures", __doc__)
     parser.add_argument("--out", type=Path, default=Path("results/speed"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

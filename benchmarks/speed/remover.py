@@ -5,7 +5,6 @@ Both fits take turns.  Besides the two clocks, a row has the CPU seconds of both
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -14,12 +13,13 @@ from statistics import median
 import torch
 
 from benchmarks.experiment import TASKS, Experiment, Settings, add_task_options
+from benchmarks.options import Parser
 from benchmarks.results import append_jsonl
 from demem.callbacks import MemorizationRemover
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks speed remover", description=__doc__)
+    parser = Parser("speed remover", __doc__)
     add_task_options(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

@@ -8,7 +8,6 @@ law through its larger half, for CPU seconds and for memory; 1 is linear.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 import warnings
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.options import Parser
 from benchmarks.results import append_jsonl
 from demem.groups import closer_look, find_shortcut
 from demem.linear import LinearHead, few_of_each_group
@@ -32,7 +32,7 @@ BASE = 64  # units of the factors that features are made of
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks speed scale", description=__doc__)
+    parser = Parser("speed scale", __doc__)
     parser.add_argument("--out", type=Path, default=Path("results/speed"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))

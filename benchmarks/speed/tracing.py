@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.options import Parser
 from benchmarks.results import append_jsonl
 from demem.batch import Batch
 from demem.sites import Site, find_sites
@@ -29,7 +30,7 @@ from demem.tracing import ablation_impact, critical_units, impact_score, select_
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks speed tracing", description=__doc__)
+    parser = Parser("speed tracing", __doc__)
     parser.add_argument("--out", type=Path, default=Path("results/speed"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

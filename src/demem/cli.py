@@ -8,11 +8,12 @@ override earlier ones.  The configurations that are shipped are found under thes
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
     elif given[0] in COMMANDS:
         _run(given)
     else:
-        _fail(f"There is no command {given[0]!r}; use one of {', '.join(COMMANDS)}.")
+        _fail(f"There is no command {given[0]!r}; use one of {', '.join(COMMANDS)}.{did_you_mean(given[:1], COMMANDS)}")
 
 
 def _usage() -> str:
@@ -87,13 +88,14 @@ def _run(given: list[str]) -> None:
                     subclass_mode_data=True,
                     save_config_kwargs={"overwrite": True},
                     seed_everything_default=0,
-                    parser_kwargs={"exit_on_error": False},
+                    parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
                 )
             except Exception as error:
                 trainer = getattr(self, "trainer", None)
                 if os.environ.get(DEBUG) or (trainer is not None and trainer.global_step > 0):
                     raise
-                _fail(f"{_reason(error)} ({DEBUG}=1 shows where.)")
+                reason = _reason(error)
+                _fail(f"{reason}{_hint(reason, self._subcommand_parsers[given[0]])} ({DEBUG}=1 shows where.)")
 
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             self.config = parser.parse_args(_with_shipped_configs(given))  # Lightning warns of such arguments
@@ -117,6 +119,29 @@ def _with_shipped_configs(given: Sequence[str]) -> list[str]:
             value = str(next(shipped, value))
         found.append(f"{option}{equals}{value}")
     return found
+
+
+def _hint(reason: str, parser: argparse.ArgumentParser) -> str:
+    """What may be meant by a misspelt option, and the configurations that there are instead of one that is missing."""
+    unknown = reason.partition("unrecognized arguments: ")[2].split()
+    if unknown:
+        return "." + did_you_mean([word.partition("=")[0] for word in unknown], parser._option_string_actions)
+    if not reason.startswith("config: File does not exist"):
+        return ""
+    shipped = {str(p.relative_to(folder)) for folder in _SHIPPED for p in (folder / "configs").rglob("*.yaml")}
+    return f". These come with demem: {', '.join(sorted(shipped))}."
+
+
+def did_you_mean(words: Iterable[str], known: Iterable[str]) -> str:
+    """The known words that unknown ones begin, or else are nearest to, as a question.
+
+    >>> did_you_mean(["--conf"], ["--config", "--cold"]), did_you_mean(["--config"], ["--config"])
+    (' Did you mean --config?', '')
+    """
+    names = list(known)
+    near = {w: [n for n in names if n.startswith(w)] or difflib.get_close_matches(w, names) for w in words}
+    found = [matches[0] for word, matches in near.items() if matches and word not in names]
+    return f" Did you mean {', '.join(found)}?" if found else ""
 
 
 def _reason(error: BaseException) -> str:

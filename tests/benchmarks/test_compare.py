@@ -330,3 +330,12 @@ def test_extras_of_a_row_that_was_not_written_are_dropped(tmp_path):
     _drop_extras_without_a_row(tmp_path, [done | {"worst_group_acc": 0.5}])
     assert read_jsonl(tmp_path / "units.jsonl") == [{**done, "unit": 3}]
     assert [path.name for path in tmp_path.iterdir()] == ["units.jsonl"]
+
+
+@pytest.mark.parametrize("option", ["--sedds", "--held", "--seed"])
+def test_a_misspelt_or_abbreviated_option_is_named_and_the_right_one_too(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        entry(["compare", option, "1"])
+    assert ended.value.code == 2
+    meant = "--held-out" if option == "--held" else "--seeds"
+    assert f"unrecognized arguments: {option} 1. Did you mean {meant}?" in " ".join(capsys.readouterr().err.split())
