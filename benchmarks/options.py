@@ -21,5 +21,5 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """End the program with the message and, after a misspelt option, the one that may be meant."""
-        wrong = [word for word in message.split() if word.startswith("--")]
-        return super().error(message + "." * bool(wrong) + did_you_mean(wrong, self._option_string_actions))
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        return super().error(message + "." * bool(unknown) + did_you_mean(unknown, self._option_string_actions))

@@ -22,6 +22,7 @@ from demem.run import (
     RunData,
     UnevenRows,
     check_inputs,
+    check_range,
     checks_version,
     held_out_loader,
     isolated_rng,
@@ -201,6 +202,7 @@ class MemorizationTracer(Callback):
                 )
             if self.atypical == "group" and batch.group is None:
                 raise ValueError("atypical='group' needs groups, but the validation batches carry none.")
+            check_range(batch.y, data.num_classes, "validation")
             few = select_rows(batch, torch.arange(min(_TRIED, batch_size(batch))))
             everyone = torch.ones(batch_size(few), dtype=torch.bool)
             sites = self._sites_that_run(data, data.head_name, few.x)

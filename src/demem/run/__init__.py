@@ -22,7 +22,7 @@ from demem.run.cure import (
     write_parameters,
 )
 from demem.run.data import Rows, RunData, Split, UnevenRows
-from demem.run.detection import describe_groups, has_learned, infer_groups_of_run
+from demem.run.detection import check_range, describe_groups, has_learned, infer_groups_of_run
 from demem.run.head import check_head, model_with_head, read_head, write_head
 from demem.run.inputs import check_inputs
 from demem.run.loaders import (
@@ -70,6 +70,7 @@ __all__ = [
     "changed_parameters",
     "check_head",
     "check_inputs",
+    "check_range",
     "checks_version",
     "describe_groups",
     "describe_rounds",

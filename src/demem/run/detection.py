@@ -143,7 +143,7 @@ def check_classes(y: Tensor, num_classes: int, where: str) -> None:
         num_classes: of the head.
         where: name of the data, for the message.
     """
-    _check_range(y, num_classes, where)
+    check_range(y, num_classes, where)
     few = [c for c, n in enumerate(torch.bincount(y, minlength=num_classes).tolist()) if n < 2]
     if few:
         raise ValueError(
@@ -152,7 +152,8 @@ def check_classes(y: Tensor, num_classes: int, where: str) -> None:
         )
 
 
-def _check_range(y: Tensor, num_classes: int, where: str) -> None:
+def check_range(y: Tensor, num_classes: int, where: str) -> None:
+    """Refuse labels that the head does not have; the arguments are those of :func:`check_classes`."""
     if int(y.max()) >= num_classes:
         raise ValueError(f"Label {int(y.max())} in the {where} data is out of range: the head has {num_classes}.")
 
@@ -162,7 +163,7 @@ def _probe(
 ) -> tuple[ShortcutProbe, Rows, Site]:
     """The probe, the training examples with the activations that it reads, and its site."""
     classes = data.num_classes
-    _check_range(rows.y, classes, "training")
+    check_range(rows.y, classes, "training")
     whole = len(rows) < CHOSEN_ON
     if whole or int(torch.bincount(rows.y, minlength=classes).min()) > 1:
         check_classes(rows.y, classes, "training")
