@@ -1,5 +1,9 @@
 """Two processes whose results differ somewhere on the way must still end with one network and one record."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -68,3 +72,22 @@ def test_processes_that_differ_end_with_the_same_network(what, monkeypatch, tmp_
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first["callback"]["fine_tuned_on"] > 0
     assert _equal(first, second)
+
+
+@pytest.mark.slow
+def test_processes_that_the_launcher_starts_do_what_one_process_does(tmp_path):
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_RANK"))}
+    for devices, file in ((1, one), (2, two)):
+        command = [sys.executable, str(Path(__file__).with_name("script_ddp.py")), str(devices), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+    alone, *ranks = (torch.load(path, weights_only=True) for path in (one, f"{two}.0", f"{two}.1"))
+    assert [content["world"] for content in (alone, *ranks)] == [1, 2, 2]
+    assert _equal(ranks[0], ranks[1])
+    groups, expected = ranks[0]["remover"]["groups"], alone["remover"]["groups"]
+    assert torch.equal(groups["index"], expected["index"])  # of every example, by position
+    assert torch.equal(groups["held_out"], expected["held_out"])
+    assert groups["kind"] == expected["kind"] == "shortcut"
+    records = [content["remover"]["rounds"] for content in (alone, ranks[0])]
+    assert [(r["share"], r["weight"]) for r in records[1]] == [(r["share"], r["weight"]) for r in records[0]]
