@@ -232,6 +232,8 @@ def _cells(*accuracies, sizes=(200, 20, 200, 20)):
         (((1, 0.84), (0.6, 0.75), (1, 0.84), (0.6, 0.75)), False),  # hard examples: the same, and not misled
         (((1, 0.99), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), True),  # nearly for nothing
         (((1, 0.97), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), False),  # but one class pays
+        (((1, 0.99), (0.9, 0.85), (1, 0.99), (0.9, 0.85)), True),  # cheap, and only chance speaks against it
+        (((1, 0.99), (0.9, 0.6), (1, 0.99), (0.9, 0.6)), False),  # cheap, and clearly worse
     ],
 )
 def test_a_refit_of_inferred_groups_must_be_worth_its_cost(cells, expected):

@@ -327,11 +327,11 @@ def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> 
 
     Where no shortcut misleads the network, the inferred atypical examples are hard ones or have wrong labels.  A head
     that counts them like all others then trades typical examples for them, and their accuracy, the worst there is,
-    rises all the same.  So what counts is the mean over the typical and the atypical examples of each class: a refit
-    is worth its cost where this rises by half a standard error (as in :func:`clearly_better`), and not where it falls
-    by as much.  In between, it is worth it where it costs at most 2% of the typical examples of each class, or where
-    the network gets most of the atypical ones wrong, and so is misled.  Where each class has fewer than 5 atypical
-    examples, nothing speaks against it.
+    rises all the same.  So what counts is the mean over the typical and the atypical examples of each class, and by how
+    many standard errors it rises (as in :func:`clearly_better`).  A refit is worth its cost where that is half a one;
+    where it loses at most 2% of the typical examples of each class and is not clearly worse; and where the network gets
+    most of the atypical examples wrong, and so is misled, and the mean does not fall by half a one.  Where each class
+    has fewer than 5 atypical examples, nothing speaks against it.
 
     Args:
         right: ``(S,)`` bool, whether the refitted head is right on each example.
@@ -350,11 +350,11 @@ def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> 
     if max(torch.bincount(y[atypical]).tolist(), default=0) < FEWEST_JUDGED:
         return True  # nothing speaks against it
     improvement = _improvement(right, than, 2 * y + atypical)
-    if abs(improvement) >= LIKELY:
-        return improvement > 0
     typical = [((than & ~right).float() - (right & ~than).float())[~atypical & (y == c)] for c, _ in members_of(y)]
-    affordable = max((float(lost.mean()) for lost in typical if len(lost)), default=0.0) <= AFFORDABLE
-    return affordable or float(than[atypical].float().mean()) < MISLED
+    if all(float(lost.mean()) <= AFFORDABLE for lost in typical if len(lost)):
+        return improvement > -ONE_SIDED
+    misled = float(than[atypical].float().mean()) < MISLED
+    return improvement >= LIKELY or (misled and improvement > -LIKELY)
 
 
 def choose_round(
