@@ -443,7 +443,7 @@ class MemorizationRemover(Callback):
                 self.seed,
                 self.score,
             )
-            rank_zero_info(describe_rounds(self.rounds, self.fine_tuned_on))
+            rank_zero_info(describe_rounds(self.groups, self.rounds, self.fine_tuned_on))
             self._trained = changed_parameters(data.pl_module, before)
             self._worst = next(record.worst for record in self.rounds if record.chosen)
         self._removed_at_step = data.trainer.global_step

@@ -70,6 +70,25 @@ class Words:
     advice: str = ""
 
 
+def group_word(verdict: VerdictFacts | Groups | None, count: int = 1) -> str:
+    """What a reader calls the groups that the cure goes by: without a shortcut they are the classes.
+
+    Args:
+        verdict: of the run.
+        count: of groups; more than one are a plural.
+
+    Example:
+        >>> facts = VerdictFacts("nothing", "", "layer1", 0.01, 0.1, 0, False, False, 2)
+        >>> group_word(facts), group_word(facts, 2)
+        ('class', 'classes')
+    """
+    if verdict is None:
+        return "group" if count == 1 else "groups"
+    if not (verdict.known or verdict.shortcut):
+        return "class" if count == 1 else "classes"
+    return ("given group" if verdict.known else "inferred group") + "s" * (count != 1)
+
+
 def verdict_words(verdict: VerdictFacts | Groups | None) -> Words:
     """Say what was found.
 
@@ -133,7 +152,7 @@ def actions(data: ReportData) -> list[str]:
     """
     kept, steps = data.kept, []
     if data.rebalanced:
-        steps.append("Training drew the inferred groups equally often.")
+        steps.append(f"Training drew the {group_word(data.verdict, 2)} equally often.")
     else:
         steps.append("Training drew the examples as it would have without demem.")
     if data.failed:
@@ -149,11 +168,15 @@ def actions(data: ReportData) -> list[str]:
     if masked:
         steps.append(f"{masked} of the {total} units that the head reads ({kept.share:.0%}) were masked.")
     else:
-        steps.append("No unit was masked: with this refit, masks did not raise the worst group further.")
+        worst_one = group_word(data.verdict)
+        steps.append(f"No unit was masked: with this refit, masks did not raise the worst {worst_one} further.")
     heavy = f"; atypical examples weigh {kept.weight:g} times as much" if kept.weight > 1 else ""
-    steps.append(f"The head was refitted on held-out examples, all inferred groups in equal numbers{heavy}.")
+    equal = group_word(data.verdict, 2)
+    steps.append(f"The head was refitted on held-out examples, all {equal} in equal numbers{heavy}.")
     if data.fine_tuned_on:
-        steps.append(f"The network was fine-tuned on {data.fine_tuned_on} held-out examples, balanced over the groups.")
+        steps.append(
+            f"The network was fine-tuned on {data.fine_tuned_on} held-out examples, balanced over the {equal}."
+        )
     return steps
 
 
@@ -247,7 +270,10 @@ def outcome(data: ReportData) -> str:
     if kept is None or not kept.refitted or before is None or after is None:
         return ""
     worst_group, mean = 100 * (kept.worst - data.rounds[0].worst), 100 * (after - before)
-    said = f"The worst group {_change(worst_group)} points, and the average over the held-out examples {_change(mean)}."
+    said = (
+        f"The worst {group_word(data.verdict)} {_change(worst_group)} points, and the average over the held-out "
+        f"examples {_change(mean)}."
+    )
     if mean < -COSTLY and -mean > worst_group / 2:
         said += (
             " That is a high price: unless examples like the minority will be as frequent where the network is used, "
@@ -292,17 +318,17 @@ def summarise(
     sure = f" ({words.sure})" if words.sure else ""
     why = f": {groups.why}" if groups.why else ""
     kept = next((record for record in rounds if record.chosen), None)
-    what = "given" if groups.known else "inferred"
+    what = group_word(groups)
     if groups.informative:
-        sizes = f"{', '.join(map(str, groups.sizes))} training examples in the {what} groups of class × attribute"
+        sizes = f"{', '.join(map(str, groups.sizes))} training examples in the {what}s of class × attribute"
     else:
-        sizes = "the inferred groups are the classes"
+        sizes = "the groups are the classes"
     balanced = rebalanced and groups.informative
     first = "training drew the groups equally often" if balanced else "trained as usual"
     if kept is None or not kept.refitted:
         done, gained = f"{first}; the network stays as it was trained", "the network is as it was trained"
         if rounds and math.isfinite(rounds[0].worst):
-            gained += f"; worst {what} group {rounds[0].worst:.1%} on held-out data"
+            gained += f"; worst {what} {rounds[0].worst:.1%} on held-out data"
     else:
         masked = f"{kept.share:.0%} of the units that the head reads masked" if kept.share else "no unit masked"
         tuning = ", before the fine-tuning" if fine_tuned_on else ""
@@ -310,7 +336,7 @@ def summarise(
         tuned = f", fine-tuned on {fine_tuned_on} held-out examples" if fine_tuned_on else ""
         done = f"{first}; {masked}, head refitted{tuned}"
         gained = (
-            f"worst {what} group {rounds[0].worst:.1%} → {kept.worst:.1%}{_averages(rounds[0], kept)} on held-out data "
+            f"worst {what} {rounds[0].worst:.1%} → {kept.worst:.1%}{_averages(rounds[0], kept)} on held-out data "
             f"(cross-fitted: each example judged by a head fitted without it{tuning}; {before})"
         )
     lines = [

@@ -25,6 +25,7 @@ from demem.removal import (
     remove_in_rounds,
     tuning_subset,
 )
+from demem.report import group_word
 from demem.run.data import RunData
 from demem.run.head import read_head, write_head
 from demem.run.loaders import batches_of
@@ -148,10 +149,11 @@ def _read_held_out(data: RunData, groups: Groups, description: str) -> tuple[Exa
     return Examples(*(values[some] for values in held_out)), rows.position[some].cpu()
 
 
-def describe_rounds(rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
+def describe_rounds(groups: Groups, rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
     """What was done to the network, in one line.
 
     Args:
+        groups: of the run.
         rounds: the network as trained first, as :func:`remove_and_refit` gives them.
         fine_tuned_on: held-out examples.
     """
@@ -160,7 +162,7 @@ def describe_rounds(rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
         return "demem: the network stays as it was trained."
     tuned = f"fine-tuned on {fine_tuned_on}" if fine_tuned_on else "not fine-tuned on"
     return (
-        "demem: the head was refitted (cross-fitted accuracy on the worst inferred group: "
+        f"demem: the head was refitted (cross-fitted accuracy on the worst {group_word(groups)}: "
         f"{rounds[0].worst:.2f} → {kept.worst:.2f}), {kept.share:.0%} of its inputs masked, and the network {tuned} "
         "held-out examples."
     )

@@ -1,0 +1,56 @@
+"""The lines at the end of a fit say what they mean."""
+
+import pytest
+import torch
+
+from demem.groups import Groups
+from demem.removal import RoundRecord
+from demem.report import GroupFacts, ReportData, VerdictFacts, actions, outcome, render, summarise
+from demem.run import describe_rounds
+
+Y = torch.arange(40) % 2
+MINORITY = torch.arange(40) < 6
+
+
+def _groups(
+    shortcut=True, known=False, why="the probe is sure of its mistakes (17 mistakes; z = 8.4 for their labels)"
+):
+    index = 2 * Y + torch.where(MINORITY & (shortcut or known), 1 - Y, Y)
+    kind = "shortcut" if shortcut else "hard examples"
+    return Groups(index, index, Y, Y, 2, "layer1", 0.05, 0.9, shortcut, known, kind=kind, why=why)
+
+
+def _rounds(worst=(0.4, 0.8), average=(0.9, 0.9), chosen=1, **options):
+    return [
+        RoundRecord(i > 0, 0.0, worst[i], i == chosen, average=average[i], **(options if i == chosen else {}))
+        for i in range(2)
+    ]
+
+
+WORDS = [(True, False, "inferred group"), (False, False, "class"), (False, True, "given group")]
+
+
+@pytest.mark.parametrize(("shortcut", "known", "word"), WORDS)
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_groups_that_are_the_classes_are_called_so(shortcut, known, word, chosen):
+    groups, rounds = _groups(shortcut, known), _rounds(chosen=chosen)
+    said = summarise(groups, rounds, 0, True).splitlines()[3]
+    assert f"worst {word} 40.0%" in said
+    line = describe_rounds(groups, rounds, 0)
+    assert (f"accuracy on the worst {word}: 0.40 → 0.80" in line) == (chosen == 1)
+
+
+@pytest.mark.parametrize(("shortcut", "known", "word"), WORDS)
+def test_the_report_calls_them_the_same(shortcut, known, word):
+    verdict = VerdictFacts("shortcut" if shortcut else "nothing", "", "layer1", 0.05, 0.9, 0, known, shortcut, 2)
+    groups = [GroupFacts(False, 3 * y, y, y, False, 90, 50, 1.0, 0.9, 1.0, 0.95, 1.0) for y in (0, 1)]
+    data = ReportData("Net", "today", verdict, rounds=_rounds(), groups=groups)
+    page = render(data)
+    assert f"Worst {word}</div>" in page
+    assert f"<td>worst {word}</td>" in page
+    plural = "classes" if word == "class" else f"{word}s"
+    assert f"all {plural} in equal numbers" in " ".join(actions(data))
+    assert outcome(data).startswith(f"The worst {word} gained 40.0 points")
+    others = {"inferred group", "class", "given group"} - {word}
+    assert not any(f"orst {other}" in page for other in others)
+    assert ("<td>class 0</td>" in page) == (word == "class")  # and not "inferred: class 0"
