@@ -54,3 +54,29 @@ def test_the_report_calls_them_the_same(shortcut, known, word):
     others = {"inferred group", "class", "given group"} - {word}
     assert not any(f"orst {other}" in page for other in others)
     assert ("<td>class 0</td>" in page) == (word == "class")  # and not "inferred: class 0"
+
+
+def test_the_terminal_has_words_and_the_details_have_the_figures():
+    groups = _groups()
+    said = summarise(groups, _rounds(), 0, True)
+    assert "the probe is sure of its mistakes\n" in said
+    assert "z =" not in said
+    verdict = VerdictFacts("shortcut", groups.why, "layer1", 0.05, 0.9, 0, False, True, 2)
+    box, _, details = render(ReportData("Net", "today", verdict)).partition("<details>")
+    assert "The probe is sure of its mistakes" in box or "does not confirm it: the probe is sure of its mistakes" in box
+    assert "z =" not in box
+    assert "z = 8.4" in details
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_sizes_of_groups_have_names(known):
+    line = summarise(_groups(known=known), _rounds(), 0, True).splitlines()[1]
+    whose = "given" if known else "inferred"
+    assert f"class 0: 17 typical and 3 atypical, class 1: 17 typical and 3 atypical ({whose} groups of" in line
+
+
+def test_sizes_of_many_classes_are_summed():
+    y = torch.arange(60) % 6
+    index = 6 * y + torch.where(torch.arange(60) < 6, (y + 1) % 6, y)
+    groups = Groups(index, index, y, y, 6, "layer1", 0.05, 0.9, True, kind="shortcut")
+    assert "6 classes: 54 typical and 6 atypical (" in summarise(groups, [], 0, True)

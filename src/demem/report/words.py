@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from demem.groups import Groups
 from demem.removal import RoundRecord
 from demem.report.facts import GroupFacts, ReportData, VerdictFacts
@@ -13,6 +15,7 @@ CLEARLY_SURE, CLEARLY_UNSURE = 0.42, 0.28  # measured: shortcuts from .42, hard 
 
 CONFIRMED = "a second look sides with the labels ("  # in the ``why`` of a verdict (demem.groups.judge) for a shortcut
 COSTLY = 2.0  # points of the average that a cure may cost unremarked
+LISTED = 4  # classes; the group sizes of more are summed
 
 _HEADLINES = {
     "shortcut": "Shortcut found",
@@ -120,7 +123,7 @@ def verdict_words(verdict: VerdictFacts | Groups | None) -> Words:
 
 
 def evidence(verdict: VerdictFacts | Groups) -> list[str]:
-    """Why: the probe's figures, and what a second look says.
+    """Why: the probe's figures, and what a second look says; its figures are in ``verdict.why``.
 
     Example:
         >>> evidence(VerdictFacts("shortcut", "", "layer1", 0.05, 0.9, 0, False, True, 2))[0][:54]
@@ -135,11 +138,12 @@ def evidence(verdict: VerdictFacts | Groups) -> list[str]:
     ]
     if verdict.why and verdict.shortcut and not _confirmed(verdict):
         lines.append(
-            f"A second look does not confirm it: {verdict.why}. The groups count all the same, as a minority of this "
-            "size costs little if it was merely hard."
+            f"A second look does not confirm it: {_in_words(verdict.why)}. The groups count all the same, as a "
+            "minority of this size costs little if it was merely hard."
         )
     elif verdict.why:
-        lines.append(f"{verdict.why[0].upper()}{verdict.why[1:]}.")
+        said = _in_words(verdict.why)
+        lines.append(f"{said[0].upper()}{said[1:]}.")
     return lines
 
 
@@ -316,11 +320,11 @@ def summarise(
         return "demem: nothing was looked for (training has not begun, or was a dry run)."
     words = verdict_words(groups)
     sure = f" ({words.sure})" if words.sure else ""
-    why = f": {groups.why}" if groups.why else ""
+    why = f": {_in_words(groups.why)}" if groups.why else ""
     kept = next((record for record in rounds if record.chosen), None)
     what = group_word(groups)
     if groups.informative:
-        sizes = f"{', '.join(map(str, groups.sizes))} training examples in the {what}s of class × attribute"
+        sizes = f"{_sizes(groups)} ({what}s of the training examples)"
     else:
         sizes = "the groups are the classes"
     balanced = rebalanced and groups.informative
@@ -347,6 +351,23 @@ def summarise(
         f"report   {report or 'none; MemorizationRemover(report=...) writes one'}",
     ]
     return "\n".join(f"demem: {line}" for line in lines)
+
+
+def _in_words(why: str) -> str:
+    """The sentence of a verdict without its figures, which stand in brackets at the end."""
+    return why.partition(" (")[0]
+
+
+def _sizes(groups: Groups) -> str:
+    """How many training examples are typical of their class and how many are not: of each class, or of all."""
+    typical = groups.index == groups.typical[groups.y]
+    if groups.num_classes > LISTED:
+        of = [(f"{groups.num_classes} classes", torch.ones_like(typical))]
+    else:
+        of = [(f"class {c}", groups.y == c) for c in range(groups.num_classes)]
+    return ", ".join(
+        f"{name}: {int(typical[y].sum())} typical and {int((~typical)[y].sum())} atypical" for name, y in of
+    )
 
 
 def _confirmed(verdict: VerdictFacts | Groups) -> bool:
