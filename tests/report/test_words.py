@@ -80,3 +80,43 @@ def test_sizes_of_many_classes_are_summed():
     index = 6 * y + torch.where(torch.arange(60) < 6, (y + 1) % 6, y)
     groups = Groups(index, index, y, y, 6, "layer1", 0.05, 0.9, True, kind="shortcut")
     assert "6 classes: 54 typical and 6 atypical (" in summarise(groups, [], 0, True)
+
+
+def _done_and_result(rounds, groups=None):
+    return summarise(groups or _groups(), rounds, 0, True).splitlines()[2:4]
+
+
+def test_it_is_said_why_the_network_stays_as_it_was_trained():
+    rounds, why = _rounds(chosen=0, why="a refit would cost more"), "stays as it was trained: a refit would cost more"
+    assert _done_and_result(rounds)[0].endswith(why)
+    assert describe_rounds(_groups(), rounds, 0).endswith(f"{why}.")
+    data = ReportData("Net", "today", None, rounds=rounds)
+    assert actions(data)[-1].endswith(f"{why}.")
+    assert _done_and_result([])[0].endswith("it has not been refitted, or that failed with a warning")
+    assert _done_and_result(_rounds(chosen=0))[0].endswith("stays as it was trained")  # an older checkpoint
+
+
+@pytest.mark.parametrize(
+    ("worst", "average", "falls"),
+    [
+        ((0.4, 0.8), (0.9, 0.89), "the average falls"),
+        ((0.8, 0.7), (0.9, 0.9), "the worst inferred group falls"),
+        ((0.8, 0.7), (0.9, 0.8), "the worst inferred group and the average fall"),
+        ((0.4, 0.8), (0.9, 0.89999), None),  # not to be seen
+        ((0.4, 0.4), (0.9, 0.9), None),
+        ((0.4, 0.4), (None, None), None),
+    ],
+)
+def test_it_is_said_why_a_refit_is_kept_although_a_number_falls(worst, average, falls):
+    rounds = _rounds(worst, average, why="it gains more")
+    lines = _done_and_result(rounds)[0], describe_rounds(_groups(), rounds, 0)
+    for line in lines:
+        assert ("although" in line) == (falls is not None)
+        assert falls is None or f"; this is kept although {falls}: it gains more" in line
+
+
+@pytest.mark.parametrize(("after", "said"), [(0.87, "; it costs 3.0 points of the average"), (0.89, ""), (0.95, "")])
+def test_what_a_cure_costs_on_average_is_said_in_the_terminal(after, said):
+    line = _done_and_result(_rounds(average=(0.9, after)))[1]
+    assert f"average 90.0% → {after:.1%}" in line
+    assert line.endswith(f"as it was trained){said}") or line.endswith(f"balanced groups){said}")

@@ -429,7 +429,8 @@ class MemorizationRemover(Callback):
         if self.groups is None:  # training was over before it began
             return
         if not self._acts:
-            self.rounds = [RoundRecord(refitted=False, share=0.0, worst=math.nan, chosen=True)]
+            why = "there is no shortcut, and the examples that were held out have been trained on"
+            self.rounds = [RoundRecord(refitted=False, share=0.0, worst=math.nan, chosen=True, why=why)]
             return
         self._go_on(data.pl_module)
         with restored_on_failure(data.pl_module) as before:

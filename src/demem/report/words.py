@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,8 +166,9 @@ def actions(data: ReportData) -> list[str]:
     if forgetting:
         epochs = sorted({t.epoch for t in forgetting if t.epoch is not None})
         steps.append(f"In epoch {epochs[0]} to {epochs[-1]} units were {forgetting[0].how}.")
+    why = "" if kept is None else reason(data.verdict, data.rounds)
     if kept is None or not kept.refitted:
-        return [*steps, "The network stays as it was trained."]
+        return [*steps, f"The network stays as it was trained{why}."]
     masked = sum(t.units for t in data.touched if t.epoch is None)
     total = sum(t.total for t in data.touched if t.epoch is None)
     if masked:
@@ -176,7 +178,7 @@ def actions(data: ReportData) -> list[str]:
         steps.append(f"No unit was masked: with this refit, masks did not raise the worst {worst_one} further.")
     heavy = f"; atypical examples weigh {kept.weight:g} times as much" if kept.weight > 1 else ""
     equal = group_word(data.verdict, 2)
-    steps.append(f"The head was refitted on held-out examples, all {equal} in equal numbers{heavy}.")
+    steps.append(f"The head was refitted on held-out examples, all {equal} in equal numbers{heavy}{why}.")
     if data.fine_tuned_on:
         steps.append(
             f"The network was fine-tuned on {data.fine_tuned_on} held-out examples, balanced over the {equal}."
@@ -286,6 +288,35 @@ def outcome(data: ReportData) -> str:
     return said
 
 
+def reason(verdict: VerdictFacts | Groups | None, rounds: Sequence[RoundRecord]) -> str:
+    """Why the network stays as it was trained, or why a refit is kept although a number falls; else empty.
+
+    Args:
+        verdict: of the run.
+        rounds: the network as trained first; none where the cure failed or is still to come.
+
+    Example:
+        >>> rounds = [RoundRecord(False, 0.0, 0.9, True, why="a refit is not clearly better")]
+        >>> reason(None, rounds), reason(None, [])
+        (': a refit is not clearly better', ': it has not been refitted, or that failed with a warning')
+    """
+    kept = next((record for record in rounds if record.chosen), None)
+    if kept is None:
+        return ": it has not been refitted, or that failed with a warning"
+    if not kept.refitted:
+        return f": {kept.why}" if kept.why else ""
+    falls = [f"the worst {group_word(verdict)}"] * _falls(rounds[0].worst, kept.worst)
+    falls += ["the average"] * _falls(rounds[0].average, kept.average)
+    if not falls or not kept.why:
+        return ""
+    return f"; this is kept although {' and '.join(falls)} {'fall' if falls[1:] else 'falls'}: {kept.why}"
+
+
+def _falls(before: float | None, after: float | None) -> bool:
+    """Whether an accuracy is lower after, to the tenth of a point that is shown."""
+    return before is not None and after is not None and round(1000 * after) < round(1000 * before)
+
+
 def _change(points: float) -> str:
     return f"{'gained' if points >= 0 else 'lost'} {abs(points):.1f}"
 
@@ -329,8 +360,9 @@ def summarise(
         sizes = "the groups are the classes"
     balanced = rebalanced and groups.informative
     first = "training drew the groups equally often" if balanced else "trained as usual"
+    told = reason(groups, rounds)
     if kept is None or not kept.refitted:
-        done, gained = f"{first}; the network stays as it was trained", "the network is as it was trained"
+        done, gained = f"{first}; the network stays as it was trained{told}", "the network is as it was trained"
         if rounds and math.isfinite(rounds[0].worst):
             gained += f"; worst {what} {rounds[0].worst:.1%} on held-out data"
     else:
@@ -338,10 +370,11 @@ def summarise(
         tuning = ", before the fine-tuning" if fine_tuned_on else ""
         before = "what was before had trained on balanced groups" if balanced else "before: as it was trained"
         tuned = f", fine-tuned on {fine_tuned_on} held-out examples" if fine_tuned_on else ""
-        done = f"{first}; {masked}, head refitted{tuned}"
+        done = f"{first}; {masked}, head refitted{tuned}{told}"
         gained = (
             f"worst {what} {rounds[0].worst:.1%} → {kept.worst:.1%}{_averages(rounds[0], kept)} on held-out data "
             f"(cross-fitted: each example judged by a head fitted without it{tuning}; {before})"
+            f"{_price(rounds[0], kept)}"
         )
     lines = [
         f"verdict  {words.headline}{sure}{why}",
@@ -372,6 +405,11 @@ def _sizes(groups: Groups) -> str:
 
 def _confirmed(verdict: VerdictFacts | Groups) -> bool:
     return not verdict.why or CONFIRMED in verdict.why
+
+
+def _price(trained: RoundRecord, kept: RoundRecord) -> str:
+    lost = 0.0 if trained.average is None or kept.average is None else 100 * (trained.average - kept.average)
+    return f"; it costs {lost:.1f} points of the average" if lost > COSTLY else ""
 
 
 def _averages(trained: RoundRecord, kept: RoundRecord) -> str:
