@@ -339,10 +339,8 @@ def _seconds(value: float) -> str:
 
 def _whose(data: ReportData, group: GroupFacts) -> str:
     """The group's name, and where it comes from unless it is a class."""
-    if group.truth:
-        return f"true: {data.group_name(group)}"
-    origin = group_word(data.verdict).partition(" ")  # "inferred group", or a word alone
-    return f"{origin[0]}: {data.group_name(group)}" if origin[1] else data.group_name(group)
+    name, origin = data.group_name(group), "true" if group.truth else group_word(data.verdict).partition(" ")[0]
+    return name if origin in ("class", "group") or name.startswith(f"{origin} ") else f"{origin}: {name}"
 
 
 def _numbers(data: ReportData) -> list[tuple[str, str, str, float | None, float | None]]:
