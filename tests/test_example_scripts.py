@@ -42,11 +42,13 @@ def test_plain_pytorch(capsys):
 
 @pytest.mark.slow
 def test_audit(capsys):
-    shortcut, *others = _load("audit").main()
-    assert shortcut.groups.shortcut
-    assert int(shortcut.minority.sum()) == 50  # 5% of the training digits
-    assert not any(found.groups.shortcut for found in others)
-    assert "against the shortcut" in capsys.readouterr().out
+    found = _load("audit").main()
+    assert [detection.groups.kind for detection in found] == ["shortcut", "hard examples", "label noise"]
+    assert [detection.groups.shortcut for detection in found] == [True, False, False]
+    assert int(found[0].minority.sum()) == 50  # 5% of the training digits
+    printed = capsys.readouterr().out
+    assert "against the shortcut" in printed
+    assert "label noise" in printed
 
 
 @pytest.mark.slow
