@@ -57,15 +57,22 @@ def test_the_report_calls_them_the_same(shortcut, known, word):
 
 
 def test_the_terminal_has_words_and_the_details_have_the_figures():
-    groups = _groups()
+    groups = _groups(why="the probe is sure of its mistakes and a second look sides with the labels (17; z = 8.4)")
     said = summarise(groups, _rounds(), 0, True)
-    assert "the probe is sure of its mistakes\n" in said
+    assert "the probe is sure of its mistakes and a second look sides with the labels\n" in said
     assert "z =" not in said
     verdict = VerdictFacts("shortcut", groups.why, "layer1", 0.05, 0.9, 0, False, True, 2)
     box, _, details = render(ReportData("Net", "today", verdict)).partition("<details>")
     assert "The probe is sure of its mistakes" in box or "does not confirm it: the probe is sure of its mistakes" in box
     assert "z =" not in box
     assert "z = 8.4" in details
+
+
+def test_a_shortcut_that_is_not_confirmed_is_told_without_contradiction():
+    few = "the probe makes few mistakes and is sure of many"
+    groups = _groups(why=f"{few}; the probe is unsure of its mistakes (9 mistakes)")
+    line = summarise(groups, _rounds(), 0, True).splitlines()[0]
+    assert line.endswith(f"Shortcut found (likely): {few}; a second look does not confirm it")
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -352,6 +352,8 @@ def summarise(
     words = verdict_words(groups)
     sure = f" ({words.sure})" if words.sure else ""
     why = f": {_in_words(groups.why)}" if groups.why else ""
+    if groups.shortcut and not _confirmed(groups):  # what a closer look says after it contradicts the words before
+        why = f"{why.partition(';')[0]}; a second look does not confirm it"
     kept = next((record for record in rounds if record.chosen), None)
     what = group_word(groups)
     if groups.informative:
