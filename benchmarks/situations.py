@@ -31,8 +31,7 @@ from benchmarks.compare import check_files, parse_seeds, quiet
 from benchmarks.experiment import Experiment, Outcome, Settings, Shared, Task, judge
 from benchmarks.options import Parser
 from benchmarks.results import HELD_OUT, append_jsonl, read_jsonl
-from demem.data import GroupedDataModule, GroupedTensors, make_dominoes, make_spurious_digits
-from demem.data.mnist import load_mnist
+from demem.data import GroupedDataModule, GroupedTensors, load_mnist, make_dominoes, make_spurious_digits
 from demem.module import Classifier
 
 Row = dict[str, Any]

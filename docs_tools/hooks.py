@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "benchmarks/*.png", "benchmarks/rows/*.gz")
-EXAMPLES = ("examples/*.md", "examples/*.py")
+EXAMPLES = ("examples/*.md", "examples/*.py", "examples/*.ipynb")
 TABLE = "<!-- the table of the README -->"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 

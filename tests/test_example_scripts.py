@@ -1,14 +1,19 @@
 """The examples run as they stand, on small data."""
 
 import importlib.util
+import json
 import re
+import sys
+from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
 def _load(name):
@@ -18,7 +23,7 @@ def _load(name):
     return module
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*SCRIPTS, *NOTEBOOKS], ids=lambda path: path.stem)
 def test_scripts_are_short_and_listed(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
     assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
@@ -42,16 +47,46 @@ def test_plain_pytorch(capsys):
 
 @pytest.mark.slow
 def test_audit(capsys):
-    shortcut, *others = _load("audit").main()
-    assert shortcut.groups.shortcut
-    assert int(shortcut.minority.sum()) == 50  # 5% of the training digits
-    assert not any(found.groups.shortcut for found in others)
-    assert "against the shortcut" in capsys.readouterr().out
+    found = _load("audit").main()
+    assert [detection.groups.kind for detection in found] == ["shortcut", "hard examples", "label noise"]
+    assert [detection.groups.shortcut for detection in found] == [True, False, False]
+    assert int(found[0].minority.sum()) == 50  # 5% of the training digits
+    printed = capsys.readouterr().out
+    assert "against the shortcut" in printed
+    assert "label noise" in printed
+
+
+def _run_notebook(name):
+    """The names that its cells leave, and the value of the last line, which a notebook shows."""
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    *code, last = [line for c in cells if c["cell_type"] == "code" for line in "".join(c["source"]).splitlines()]
+    names = {}
+    exec("\n".join(code), names)
+    return names, eval(last, names)
+
+
+def test_notebooks_are_kept_without_outputs():
+    for path in NOTEBOOKS:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        assert notebook["nbformat"] == 4
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"])
 
 
 @pytest.mark.slow
-def test_own_module(tmp_path):
-    remover, monitor = _load("own_module").main(epochs=6, folder=str(tmp_path))
+def test_own_module_in_a_notebook(tmp_path, monkeypatch):
+    main = _load("own_module").main
+
+    def short(folder):
+        made = main(epochs=6, folder=str(tmp_path))
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace())  # not installed without a notebook, and
+        monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=str))  # matplotlib looks for it
+        return made
+
+    monkeypatch.setitem(sys.modules, "own_module", SimpleNamespace(main=short))
+    names, shown = _run_notebook("report")
+    remover, monitor = names["remover"], names["monitor"]
+    inner = re.search(r'<iframe srcdoc="([^"]*)"', shown)[1]
+    assert unescape(inner) == remover.reporter.path.read_text(encoding="utf-8")
     assert remover.groups.shortcut
     assert "worst_group_acc" in monitor.history[-1]  # the batches' own form was read, groups and all
     assert remover.reporter.path.is_file()

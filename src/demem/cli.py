@@ -184,29 +184,31 @@ def report(args: Sequence[str]) -> None:
     from demem.report import load, render, write_whole
 
     try:
-        path = _report_data(options.run)
+        path, others = _report_data(options.run)
         data = load(path)
         given = {f"{name}_names": getattr(options, f"{name}_names") for name in names}
         changes: dict[str, Any] = {
             key: [part.strip() for part in value.split(",")] for key, value in given.items() if value
         }
         data = replace(data, **changes, **({"title": options.title} if options.title else {}))
-        print(f"demem: the report is in {write_whole(options.out or path.with_suffix('.html'), render(data))}")
+        written = write_whole(options.out or path.with_suffix(".html"), render(data))
+        of = f", made from {path}, the latest of {others + 1} in {options.run} and below" if others else ""
+        print(f"demem: the report is in {written}{of}")
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
 
 
-def _report_data(run: Path) -> Path:
-    """The JSON file of the latest report in a folder or below."""
+def _report_data(run: Path) -> tuple[Path, int]:
+    """The JSON file of the latest report in a folder or below, and how many others there are."""
     if run.is_file():
-        return run.with_suffix(".json")
+        return run.with_suffix(".json"), 0
     found = [p for p in run.rglob("*.json") if p.with_suffix(".html").exists() or p.name == "report.json"]
     if not found:
         raise FileNotFoundError(
             f"There is no report.json in {run} or below. Train with MemorizationRemover(report='report.html'), which "
             "writes it into the run's folder."
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return max(found, key=lambda path: path.stat().st_mtime), len(found) - 1
 
 
 if __name__ == "__main__":

@@ -183,6 +183,8 @@ def test_leaves_the_network_as_trained_where_the_refit_has_nothing_to_go_by(monk
     assert not remover.rounds[0].refitted
     assert float(trainer.callback_metrics["removal/masked_share"]) == 0
     assert remover.fine_tuned_on == 0
+    assert remover.rounds[0].why == "choose() says so"  # another one than demem's
+    assert [r.why for r in remover.rounds[1:]] == [""] * (len(remover.rounds) - 1)
 
 
 def test_without_a_shortcut_training_is_left_alone(monkeypatch):
@@ -195,6 +197,7 @@ def test_without_a_shortcut_training_is_left_alone(monkeypatch):
     assert torch.equal(remover.groups.held_out, 3 * VAL.tensors[1])
     assert not remover.rounds[0].refitted
     assert remover.rounds[0].chosen
+    assert "as it was trained: there is no shortcut to go by, and a refit is not clearly better" in remover.summary()
     for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

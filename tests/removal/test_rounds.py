@@ -11,6 +11,7 @@ from demem.removal import (
     as_trained,
     choose_round,
     clearly_better,
+    explain_round,
     purify,
     remove_in_rounds,
     worst_group,
@@ -255,6 +256,38 @@ def test_only_inferred_groups_must_be_worth_the_cost():
     assert choose_round(rounds, held_out, typical, impure=True) == 0
     assert not clearly_better(rounds[0].right, dear, 2 * held_out.y + atypical)
     assert choose_round(rounds, held_out, typical) == 1
+
+
+REASONS = [
+    ({"impure": True}, ((1, 0.9), (0.2, 0.7), (1, 0.9), (0.3, 0.8)), 1, "gains the atypical examples more"),
+    ({"impure": True}, ((1, 0.7), (0.0, 0.2), (1, 0.7), (0.0, 0.2)), 0, "would cost the typical examples more"),
+    ({"impure": True}, ((1, 0.99), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), 1, "costs the typical examples hardly"),
+    ({"impure": True}, ((1, 0.97), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), 0, "hardly gain more than that"),
+    ({"impure": True}, ((1, 0.7), (0.0, 0.3), (1, 0.7), (0.0, 0.3)), 1, "gets most of the atypical examples wrong"),
+    ({}, ((1, 0.5), (0.5, 0.5), (1, 0.5), (0.5, 0.5)), 0, "would cost the typical examples more"),
+    ({}, ((1, 0.9), (0.9, 0.9), (1, 1), (0.9, 1)), 1, "not clearly worse"),
+    ({"groups_known": False}, ((1, 1), (1, 1), (1, 1), (1, 1)), 0, "no shortcut to go by, and a refit is not clearly"),
+    ({"groups_known": False}, ((1, 0.9), (0.9, 1), (0.1, 1), (0.1, 1)), 0, "a class would lose by a refit"),
+    ({"groups_known": False}, ((0.5, 0.9), (0.5, 0.9), (0.5, 0.9), (0.5, 0.9)), 1, "on average over the classes"),
+]
+
+
+@pytest.mark.parametrize(("options", "cells", "kept", "words"), REASONS)
+def test_a_choice_says_why(options, cells, kept, words):
+    right, than, y, atypical = _cells(*cells)
+    rounds = _rounds((0.7, 0.6, 0.6))[0][:2]
+    rounds = [replace(rounds[0], right=than), replace(rounds[1], right=right)]
+    held_out, typical = Examples(torch.zeros(len(y), 40), y, 2 * y + atypical), torch.tensor([0, 2])
+    assert choose_round(rounds, held_out, typical, **options) == kept
+    assert words in explain_round(kept, rounds, held_out, typical, **options)
+    assert explain_round(1 - kept, rounds, held_out, typical, **options) == ""  # somebody else's choice
+
+
+def test_a_choice_with_few_atypical_examples_says_so():
+    _, than, y, atypical = _cells((1, 1), (1, 1), (1, 1), (1, 1), sizes=(40, 1, 40, 1))
+    rounds = [replace(r, right=than) for r in _rounds((0.7, 0.6, 0.6))[0][:2]]
+    held_out = Examples(torch.zeros(len(y), 40), y, 2 * y + atypical)
+    assert "too few atypical examples to go by" in explain_round(0, rounds, held_out, torch.tensor([0, 2]))
 
 
 def test_bad_input_is_refused():

@@ -1,6 +1,7 @@
 """Real runs, and what their reports say."""
 
 import json
+import os
 import re
 import warnings
 from dataclasses import replace
@@ -279,6 +280,29 @@ def test_the_report_can_be_rendered_again(run, capsys):
     named = (folder / "named.html").read_text(encoding="utf-8")
     assert "<h1>Told &lt;again&gt;</h1>" in named
     assert "no · with it" in named
+
+
+def test_of_several_reports_the_latest_is_named(tmp_path, capsys):
+    for age, name in enumerate(("newest", "old", "older")):
+        path = save(ReportData(name, "today", None), tmp_path / name / "report.json")
+        os.utime(path, (1_000_000 - age, 1_000_000 - age))
+    main(["report", str(tmp_path / "old")])
+    assert capsys.readouterr().out == f"demem: the report is in {tmp_path / 'old' / 'report.html'}\n"
+    main(["report", str(tmp_path)])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"made from {tmp_path / 'newest' / 'report.json'}, the latest of 3 in {tmp_path} and below" in line
+    assert "newest" in (tmp_path / "newest" / "report.html").read_text(encoding="utf-8")
+
+
+def test_true_groups_without_names_are_called_so(run):
+    kind, _, folder, text = run
+    assert (len(re.findall(r"true group \d", text)) > 8) == (kind == "pictures")
+    assert not re.search(r"true:? (</span> )?true", text)
+    data = load(folder / "report.json")
+    named = render(replace(data, group_names=["land on land", "land on water", "water on land", "water on water"]))
+    assert not re.search(r"true group \d", named)
+    assert ('<span class="soft">true</span> ' in named) == (kind == "pictures")
+    assert ("<td>true: land on land</td>" in named) == (kind == "pictures")
 
 
 def test_a_folder_without_a_report_is_named(tmp_path, capsys):

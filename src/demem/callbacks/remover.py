@@ -429,7 +429,8 @@ class MemorizationRemover(Callback):
         if self.groups is None:  # training was over before it began
             return
         if not self._acts:
-            self.rounds = [RoundRecord(refitted=False, share=0.0, worst=math.nan, chosen=True)]
+            why = "there is no shortcut, and the examples that were held out have been trained on"
+            self.rounds = [RoundRecord(refitted=False, share=0.0, worst=math.nan, chosen=True, why=why)]
             return
         self._go_on(data.pl_module)
         with restored_on_failure(data.pl_module) as before:
@@ -443,7 +444,7 @@ class MemorizationRemover(Callback):
                 self.seed,
                 self.score,
             )
-            rank_zero_info(describe_rounds(self.rounds, self.fine_tuned_on))
+            rank_zero_info(describe_rounds(self.groups, self.rounds, self.fine_tuned_on))
             self._trained = changed_parameters(data.pl_module, before)
             self._worst = next(record.worst for record in self.rounds if record.chosen)
         self._removed_at_step = data.trainer.global_step

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import RunningStage
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from demem.batch import form_of, has_group_part, unpack_batch
@@ -35,7 +35,8 @@ class WorstGroupMonitor(Callback):
     For each stage (``train``, ``val``, ``test``) logs ``{stage}/worst_group_acc``, ``{stage}/avg_acc``,
     ``{stage}/adjusted_avg_acc`` (groups weighted by their training sizes), ``{stage}/worst_class_acc`` and
     ``{stage}/group_acc/{group}``; all fractions, over all processes together.  Groups without examples are left out.
-    Without groups in the batches it logs average and worst-class accuracy, and warns once.  Of several validation or
+    Without groups in the batches it logs average and worst-class accuracy, and says so once; where all examples are of
+    one group it warns, as the worst group is then no other than the average.  Of several validation or
     test loaders the first is read.
 
     Predictions are taken from the step itself, see :class:`demem.sites.PredictionReader`: from ``"logits"`` or
@@ -78,7 +79,7 @@ class WorstGroupMonitor(Callback):
         self._sizes = TrainingSizes()
         self._alone = True
         self._validating: Any = None
-        self._warned = False
+        self._told = False
 
     @property
     def train_sizes(self) -> Tensor | None:
@@ -220,7 +221,7 @@ class WorstGroupMonitor(Callback):
         if not values:
             return
         main = "worst_group_acc" if "worst_group_acc" in values else "worst_class_acc"
-        self._warn_once(stage, main, values)
+        self._tell_once(stage, main, values)
         for name, value in values.items():  # the same on every process; without sync_dist Lightning warns
             if self.per_group or not name.startswith("group_acc/"):
                 pl_module.log(
@@ -234,16 +235,17 @@ class WorstGroupMonitor(Callback):
         record: dict[str, float | int | str] = {"stage": stage, "epoch": int(trainer.current_epoch)}
         self.history.append(record | {name: float(value) for name, value in values.items()})
 
-    def _warn_once(self, stage: str, main: str, values: Mapping[str, Tensor]) -> None:
-        if main == "worst_class_acc":
-            found = "have no groups, so it reports average and worst-class accuracy only"
+    def _tell_once(self, stage: str, main: str, values: Mapping[str, Tensor]) -> None:
+        tell: Callable[[str], None] = rank_zero_warn
+        if main == "worst_class_acc":  # nothing is wrong with that
+            tell, found = rank_zero_info, "have no groups, so it reports average and worst-class accuracy only"
         elif not any(name.startswith("group_acc/") for name in values):
             found = "are all of one group, whose accuracy is the average"
         else:
             return
-        if not self._warned:
-            rank_zero_warn(f"WorstGroupMonitor: the {stage} batches {found}. Yield (x, y, group) for more.")
-        self._warned = True
+        if not self._told:
+            tell(f"WorstGroupMonitor: the {stage} batches {found}. Yield (x, y, group) for more.")
+        self._told = True
 
 
 def _stage(trainer: pl.Trainer) -> str:

@@ -3,7 +3,7 @@
 from demem.data.arrays import GroupedDataset, GroupedTensors, as_grouped, collate
 from demem.data.datamodule import GroupedDataModule
 from demem.data.digits import SpuriousDigits, make_spurious_digits
-from demem.data.mnist import ColoredMNIST, Dominoes, make_colored_mnist, make_dominoes
+from demem.data.mnist import ColoredMNIST, Dominoes, load_mnist, make_colored_mnist, make_dominoes
 from demem.data.planting import IntArray, plant_attribute, stratified_split
 from demem.data.wilds import WildsDataModule, image_transform, load_wilds, make_grouper
 
@@ -19,6 +19,7 @@ __all__ = [
     "as_grouped",
     "collate",
     "image_transform",
+    "load_mnist",
     "load_wilds",
     "make_colored_mnist",
     "make_dominoes",

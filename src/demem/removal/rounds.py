@@ -31,6 +31,8 @@ ONE_SIDED = 1.645  # standard errors: 5%
 LIKELY = 0.5  # standard errors: the odds are two to one
 AFFORDABLE = 0.02  # of a class's typical examples may go wrong for a refit whose gain is uncertain
 MISLED = 0.5  # accuracy on atypical examples; below it the network follows something else than the class
+GAINS_MORE = "it gains the atypical examples more than it costs the typical ones"
+COSTS_MORE = "a refit would cost the typical examples more than it gains the atypical ones"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class RoundRecord:
         worst: cross-fitted accuracy on the worst (true or inferred) group of the held-out examples, a fraction.
         chosen: whether this round was kept.
         average: cross-fitted accuracy on all held-out examples; ``None`` in a record from before it was kept.
+        why: of the round that was kept, why (:func:`explain_round`); empty of others, and in older records.
     """
 
     refitted: bool
@@ -52,6 +55,7 @@ class RoundRecord:
     chosen: bool
     weight: float = 1.0
     average: float | None = None
+    why: str = ""
 
     def __repr__(self) -> str:
         refit = f"head refitted, atypical examples weighing {self.weight:g}, {self.share:.0%} of its inputs masked"
@@ -91,10 +95,10 @@ class Round:
         what = f"{self.share:.0%} of the head's inputs masked, atypical examples weighing {self.weight:g}"
         return f"Round({what}: worst group {self.worst:.3f})"
 
-    def record(self, chosen: bool, refitted: bool) -> RoundRecord:
+    def record(self, chosen: bool, refitted: bool, why: str = "") -> RoundRecord:
         """What to keep of the round."""
         average = float(self.right.float().mean())
-        return RoundRecord(refitted, self.share, self.worst, chosen, self.weight, average)
+        return RoundRecord(refitted, self.share, self.worst, chosen, self.weight, average, why)
 
     @cached_property
     def head(self) -> LinearHead:
@@ -347,14 +351,25 @@ def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> 
         >>> worth_its_cost(right, than, y, atypical), worth_its_cost(than, right, y, atypical)
         (True, False)
     """
+    return _weigh(right, than, y, atypical)[0]
+
+
+def _weigh(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> tuple[bool, str]:
+    """:func:`worth_its_cost`, and why."""
     if max(torch.bincount(y[atypical]).tolist(), default=0) < FEWEST_JUDGED:
-        return True  # nothing speaks against it
+        return True, "too few atypical examples are held out to weigh its cost"
     improvement = _improvement(right, than, 2 * y + atypical)
     typical = [((than & ~right).float() - (right & ~than).float())[~atypical & (y == c)] for c, _ in members_of(y)]
     if all(float(lost.mean()) <= AFFORDABLE for lost in typical if len(lost)):
-        return improvement > -ONE_SIDED
-    misled = float(than[atypical].float().mean()) < MISLED
-    return improvement >= LIKELY or (misled and improvement > -LIKELY)
+        cheap = "it costs the typical examples hardly anything"
+        return (True, cheap) if improvement > -ONE_SIDED else (False, COSTS_MORE)
+    if improvement >= LIKELY:
+        return True, GAINS_MORE
+    if improvement <= -LIKELY:
+        return False, COSTS_MORE
+    if float(than[atypical].float().mean()) < MISLED:
+        return True, "the network as trained gets most of the atypical examples wrong"
+    return False, "a refit would cost typical examples, and hardly gain more than that"
 
 
 def choose_round(
@@ -395,6 +410,40 @@ def choose_round(
         >>> choose_round(rounds, examples, torch.tensor([0, 2]))  # refitted, and nothing masked
         1
     """
+    return _decide(rounds, held_out, typical, tolerance, groups_known, impure)[0]
+
+
+def explain_round(
+    chosen: int,
+    rounds: Sequence[Round],
+    held_out: Examples,
+    typical: Tensor,
+    tolerance: float = 1.0,
+    groups_known: bool = True,
+    impure: bool = False,
+) -> str:
+    """Why :func:`choose_round` keeps this round, in a few words; empty where it keeps another.
+
+    Args:
+        chosen: index of the round that is kept.
+        rounds, held_out, typical, tolerance, groups_known, impure: see :func:`choose_round`.
+
+    Example:
+        >>> y = torch.arange(80) % 2
+        >>> examples = Examples(y[:, None] + 0.1 * torch.randn(80, 4), y, y)
+        >>> knows = LinearHead(torch.tensor([[0.0] * 4, [1.0] * 4]), torch.tensor([2.0, 0.0]))
+        >>> rounds = remove_in_rounds(examples, examples, knows, num_classes=2, shares=())
+        >>> explain_round(0, rounds, examples, torch.tensor([0, 1]), groups_known=False)
+        'there is no shortcut to go by, and a refit is not clearly better'
+    """
+    decided, why = _decide(rounds, held_out, typical, tolerance, groups_known, impure)
+    return why if decided == chosen else ""
+
+
+def _decide(
+    rounds: Sequence[Round], held_out: Examples, typical: Tensor, tolerance: float, groups_known: bool, impure: bool
+) -> tuple[int, str]:
+    """:func:`choose_round`, and why."""
     best = max(rounds[1:], key=lambda r: r.worst)
     enough = best.worst - tolerance * best.standard_error
     candidates = [i for i, r in enumerate(rounds) if i > 0 and r.worst >= enough]
@@ -409,11 +458,17 @@ def choose_round(
     known_enough = max(fewest, rounds[refit].fitted_atypical) >= FEWEST_ATYPICAL
     if groups_known and known_enough and not scattered:
         if impure:
-            return refit if worth_its_cost(new, old, held_out.y, atypical) else 0
-        reverses = fewest >= FEWEST_JUDGED and clearly_better(old, new, cell)
-        return 0 if reverses else refit
+            worth, why = _weigh(new, old, held_out.y, atypical)
+            return (refit if worth else 0), why
+        if fewest >= FEWEST_JUDGED and clearly_better(old, new, cell):
+            return 0, COSTS_MORE
+        return refit, "the groups are given, and it is not clearly worse on average over them"
+    better = clearly_better(new, old, cell)
     loses = any(int(new[members].sum()) < int(old[members].sum()) for _, members in members_of(cell))
-    return refit if clearly_better(new, old, cell) and (groups_known or not loses) else 0
+    if better and (groups_known or not loses):
+        return refit, f"it is clearly better on average over the {'groups' if groups_known else 'classes'}"
+    little = "there are too few atypical examples to go by" if groups_known else "there is no shortcut to go by"
+    return 0, f"{little}, and a {'class would lose by a refit' if better else 'refit is not clearly better'}"
 
 
 def _judged(values: Tensor, group: Tensor) -> list[Tensor]:

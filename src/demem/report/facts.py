@@ -247,8 +247,8 @@ class ReportData:
         return f"looks like {self.class_name(attribute)}"
 
     def true_group_name(self, group: int) -> str:
-        """The given name of a group of the batches, or its number."""
-        return _name(self.group_names, group, "group {}")
+        """The given name of a group of the batches, or its number, which says that it is one of these."""
+        return _name(self.group_names, group, "true group {}")
 
     def group_name(self, group: GroupFacts) -> str:
         """What a reader calls the group."""

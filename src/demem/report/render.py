@@ -16,6 +16,7 @@ from demem.report.words import (
     contradiction,
     evidence,
     gap,
+    group_word,
     outcome,
     verdict_words,
     worst,
@@ -133,7 +134,6 @@ def _points(value: float | None) -> str:
 def _tiles(data: ReportData) -> list[Tile]:
     tiles = []
     inferred = [g for g in data.groups if not g.truth]
-    given = "given" if data.verdict is not None and data.verdict.known else "inferred"
     if data.rounds and (data.kept or data.rounds[0]).worst is not None:
         kept = data.kept or data.rounds[0]
         note = "cross-fitted: judged by heads that have not seen the example" if kept.refitted else "held-out data"
@@ -141,7 +141,7 @@ def _tiles(data: ReportData) -> list[Tile]:
         if few is not None:
             note += f"; of {few} held-out examples, too few to trust"
         before = percent(data.rounds[0].worst) if kept.refitted else ""
-        tiles.append(Tile(f"Worst {given} group", before, percent(kept.worst), note))
+        tiles.append(Tile(f"Worst {group_word(data.verdict)}", before, percent(kept.worst), note))
     ends = average(data, after=False), average(data, after=True)
     if ends[0] is not None and ends[1] is not None:
         costly = 100 * (ends[0] - ends[1]) > COSTLY
@@ -337,6 +337,12 @@ def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 100 else f"{value / 60:.0f} min"
 
 
+def _whose(data: ReportData, group: GroupFacts) -> str:
+    """The group's name, and where it comes from unless it is a class."""
+    name, origin = data.group_name(group), "true" if group.truth else group_word(data.verdict).partition(" ")[0]
+    return name if origin in ("class", "group") or name.startswith(f"{origin} ") else f"{origin}: {name}"
+
+
 def _numbers(data: ReportData) -> list[tuple[str, str, str, float | None, float | None]]:
     """(what, of whom, measured on, as trained, after); numbers as fractions, logits or seconds."""
     rows: list[tuple[str, str, str, float | None, float | None]] = []
@@ -344,9 +350,7 @@ def _numbers(data: ReportData) -> list[tuple[str, str, str, float | None, float 
         rows.append(("probe's error", data.verdict.site, "training, cross-fitted", data.verdict.error, None))
         rows.append(("confident of its mistakes", data.verdict.site, "training, cross-fitted", data.verdict.sure, None))
     for g in data.groups:
-        whom = (
-            "true: " if g.truth else "given: " if data.verdict and data.verdict.known else "inferred: "
-        ) + data.group_name(g)
+        whom = _whose(data, g)
         rows += [
             ("examples", whom, "training", float(g.train), None),
             ("examples", whom, "held out", float(g.held_out), None),
@@ -359,7 +363,7 @@ def _numbers(data: ReportData) -> list[tuple[str, str, str, float | None, float 
         name = f"round {i}: {r.share:.0%} masked, weight {r.weight:g}" if r.refitted else "as trained"
         rows.append(
             (
-                "worst inferred group",
+                f"worst {group_word(data.verdict)}",
                 name + " (kept)" * r.chosen,
                 "held out, cross-fitted" if r.refitted else "held out",
                 None if r.refitted else r.worst,

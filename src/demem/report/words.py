@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from demem.groups import Groups
 from demem.removal import RoundRecord
@@ -13,6 +16,7 @@ CLEARLY_SURE, CLEARLY_UNSURE = 0.42, 0.28  # measured: shortcuts from .42, hard 
 
 CONFIRMED = "a second look sides with the labels ("  # in the ``why`` of a verdict (demem.groups.judge) for a shortcut
 COSTLY = 2.0  # points of the average that a cure may cost unremarked
+LISTED = 4  # classes; the group sizes of more are summed
 
 _HEADLINES = {
     "shortcut": "Shortcut found",
@@ -70,6 +74,25 @@ class Words:
     advice: str = ""
 
 
+def group_word(verdict: VerdictFacts | Groups | None, count: int = 1) -> str:
+    """What a reader calls the groups that the cure goes by: without a shortcut they are the classes.
+
+    Args:
+        verdict: of the run.
+        count: of groups; more than one are a plural.
+
+    Example:
+        >>> facts = VerdictFacts("nothing", "", "layer1", 0.01, 0.1, 0, False, False, 2)
+        >>> group_word(facts), group_word(facts, 2)
+        ('class', 'classes')
+    """
+    if verdict is None:
+        return "group" if count == 1 else "groups"
+    if not (verdict.known or verdict.shortcut):
+        return "class" if count == 1 else "classes"
+    return ("given group" if verdict.known else "inferred group") + "s" * (count != 1)
+
+
 def verdict_words(verdict: VerdictFacts | Groups | None) -> Words:
     """Say what was found.
 
@@ -101,7 +124,7 @@ def verdict_words(verdict: VerdictFacts | Groups | None) -> Words:
 
 
 def evidence(verdict: VerdictFacts | Groups) -> list[str]:
-    """Why: the probe's figures, and what a second look says.
+    """Why: the probe's figures, and what a second look says; its figures are in ``verdict.why``.
 
     Example:
         >>> evidence(VerdictFacts("shortcut", "", "layer1", 0.05, 0.9, 0, False, True, 2))[0][:54]
@@ -116,11 +139,12 @@ def evidence(verdict: VerdictFacts | Groups) -> list[str]:
     ]
     if verdict.why and verdict.shortcut and not _confirmed(verdict):
         lines.append(
-            f"A second look does not confirm it: {verdict.why}. The groups count all the same, as a minority of this "
-            "size costs little if it was merely hard."
+            f"A second look does not confirm it: {_in_words(verdict.why)}. The groups count all the same, as a "
+            "minority of this size costs little if it was merely hard."
         )
     elif verdict.why:
-        lines.append(f"{verdict.why[0].upper()}{verdict.why[1:]}.")
+        said = _in_words(verdict.why)
+        lines.append(f"{said[0].upper()}{said[1:]}.")
     return lines
 
 
@@ -133,7 +157,7 @@ def actions(data: ReportData) -> list[str]:
     """
     kept, steps = data.kept, []
     if data.rebalanced:
-        steps.append("Training drew the inferred groups equally often.")
+        steps.append(f"Training drew the {group_word(data.verdict, 2)} equally often.")
     else:
         steps.append("Training drew the examples as it would have without demem.")
     if data.failed:
@@ -142,18 +166,23 @@ def actions(data: ReportData) -> list[str]:
     if forgetting:
         epochs = sorted({t.epoch for t in forgetting if t.epoch is not None})
         steps.append(f"In epoch {epochs[0]} to {epochs[-1]} units were {forgetting[0].how}.")
+    why = "" if kept is None else reason(data.verdict, data.rounds)
     if kept is None or not kept.refitted:
-        return [*steps, "The network stays as it was trained."]
+        return [*steps, f"The network stays as it was trained{why}."]
     masked = sum(t.units for t in data.touched if t.epoch is None)
     total = sum(t.total for t in data.touched if t.epoch is None)
     if masked:
         steps.append(f"{masked} of the {total} units that the head reads ({kept.share:.0%}) were masked.")
     else:
-        steps.append("No unit was masked: with this refit, masks did not raise the worst group further.")
+        worst_one = group_word(data.verdict)
+        steps.append(f"No unit was masked: with this refit, masks did not raise the worst {worst_one} further.")
     heavy = f"; atypical examples weigh {kept.weight:g} times as much" if kept.weight > 1 else ""
-    steps.append(f"The head was refitted on held-out examples, all inferred groups in equal numbers{heavy}.")
+    equal = group_word(data.verdict, 2)
+    steps.append(f"The head was refitted on held-out examples, all {equal} in equal numbers{heavy}{why}.")
     if data.fine_tuned_on:
-        steps.append(f"The network was fine-tuned on {data.fine_tuned_on} held-out examples, balanced over the groups.")
+        steps.append(
+            f"The network was fine-tuned on {data.fine_tuned_on} held-out examples, balanced over the {equal}."
+        )
     return steps
 
 
@@ -247,13 +276,45 @@ def outcome(data: ReportData) -> str:
     if kept is None or not kept.refitted or before is None or after is None:
         return ""
     worst_group, mean = 100 * (kept.worst - data.rounds[0].worst), 100 * (after - before)
-    said = f"The worst group {_change(worst_group)} points, and the average over the held-out examples {_change(mean)}."
+    said = (
+        f"The worst {group_word(data.verdict)} {_change(worst_group)} points, and the average over the held-out "
+        f"examples {_change(mean)}."
+    )
     if mean < -COSTLY and -mean > worst_group / 2:
         said += (
             " That is a high price: unless examples like the minority will be as frequent where the network is used, "
             "it is better as it was trained."
         )
     return said
+
+
+def reason(verdict: VerdictFacts | Groups | None, rounds: Sequence[RoundRecord]) -> str:
+    """Why the network stays as it was trained, or why a refit is kept although a number falls; else empty.
+
+    Args:
+        verdict: of the run.
+        rounds: the network as trained first; none where the cure failed or is still to come.
+
+    Example:
+        >>> rounds = [RoundRecord(False, 0.0, 0.9, True, why="a refit is not clearly better")]
+        >>> reason(None, rounds), reason(None, [])
+        (': a refit is not clearly better', ': it has not been refitted, or that failed with a warning')
+    """
+    kept = next((record for record in rounds if record.chosen), None)
+    if kept is None:
+        return ": it has not been refitted, or that failed with a warning"
+    if not kept.refitted:
+        return f": {kept.why}" if kept.why else ""
+    falls = [f"the worst {group_word(verdict)}"] * _falls(rounds[0].worst, kept.worst)
+    falls += ["the average"] * _falls(rounds[0].average, kept.average)
+    if not falls or not kept.why:
+        return ""
+    return f"; this is kept although {' and '.join(falls)} {'fall' if falls[1:] else 'falls'}: {kept.why}"
+
+
+def _falls(before: float | None, after: float | None) -> bool:
+    """Whether an accuracy is lower after, to the tenth of a point that is shown."""
+    return before is not None and after is not None and round(1000 * after) < round(1000 * before)
 
 
 def _change(points: float) -> str:
@@ -290,28 +351,32 @@ def summarise(
         return "demem: nothing was looked for (training has not begun, or was a dry run)."
     words = verdict_words(groups)
     sure = f" ({words.sure})" if words.sure else ""
-    why = f": {groups.why}" if groups.why else ""
+    why = f": {_in_words(groups.why)}" if groups.why else ""
+    if groups.shortcut and not _confirmed(groups):  # what a closer look says after it contradicts the words before
+        why = f"{why.partition(';')[0]}; a second look does not confirm it"
     kept = next((record for record in rounds if record.chosen), None)
-    what = "given" if groups.known else "inferred"
+    what = group_word(groups)
     if groups.informative:
-        sizes = f"{', '.join(map(str, groups.sizes))} training examples in the {what} groups of class × attribute"
+        sizes = f"{_sizes(groups)} ({what}s of the training examples)"
     else:
-        sizes = "the inferred groups are the classes"
+        sizes = "the groups are the classes"
     balanced = rebalanced and groups.informative
     first = "training drew the groups equally often" if balanced else "trained as usual"
+    told = reason(groups, rounds)
     if kept is None or not kept.refitted:
-        done, gained = f"{first}; the network stays as it was trained", "the network is as it was trained"
+        done, gained = f"{first}; the network stays as it was trained{told}", "the network is as it was trained"
         if rounds and math.isfinite(rounds[0].worst):
-            gained += f"; worst {what} group {rounds[0].worst:.1%} on held-out data"
+            gained += f"; worst {what} {rounds[0].worst:.1%} on held-out data"
     else:
         masked = f"{kept.share:.0%} of the units that the head reads masked" if kept.share else "no unit masked"
         tuning = ", before the fine-tuning" if fine_tuned_on else ""
         before = "what was before had trained on balanced groups" if balanced else "before: as it was trained"
         tuned = f", fine-tuned on {fine_tuned_on} held-out examples" if fine_tuned_on else ""
-        done = f"{first}; {masked}, head refitted{tuned}"
+        done = f"{first}; {masked}, head refitted{tuned}{told}"
         gained = (
-            f"worst {what} group {rounds[0].worst:.1%} → {kept.worst:.1%}{_averages(rounds[0], kept)} on held-out data "
+            f"worst {what} {rounds[0].worst:.1%} → {kept.worst:.1%}{_averages(rounds[0], kept)} on held-out data "
             f"(cross-fitted: each example judged by a head fitted without it{tuning}; {before})"
+            f"{_price(rounds[0], kept)}"
         )
     lines = [
         f"verdict  {words.headline}{sure}{why}",
@@ -323,8 +388,30 @@ def summarise(
     return "\n".join(f"demem: {line}" for line in lines)
 
 
+def _in_words(why: str) -> str:
+    """The sentence of a verdict without its figures, which stand in brackets at the end."""
+    return why.partition(" (")[0]
+
+
+def _sizes(groups: Groups) -> str:
+    """How many training examples are typical of their class and how many are not: of each class, or of all."""
+    typical = groups.index == groups.typical[groups.y]
+    if groups.num_classes > LISTED:
+        of = [(f"{groups.num_classes} classes", torch.ones_like(typical))]
+    else:
+        of = [(f"class {c}", groups.y == c) for c in range(groups.num_classes)]
+    return ", ".join(
+        f"{name}: {int(typical[y].sum())} typical and {int((~typical)[y].sum())} atypical" for name, y in of
+    )
+
+
 def _confirmed(verdict: VerdictFacts | Groups) -> bool:
     return not verdict.why or CONFIRMED in verdict.why
+
+
+def _price(trained: RoundRecord, kept: RoundRecord) -> str:
+    lost = 0.0 if trained.average is None or kept.average is None else 100 * (trained.average - kept.average)
+    return f"; it costs {lost:.1f} points of the average" if lost > COSTLY else ""
 
 
 def _averages(trained: RoundRecord, kept: RoundRecord) -> str:

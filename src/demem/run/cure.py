@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
@@ -20,11 +21,13 @@ from demem.removal import (
     Round,
     RoundRecord,
     as_trained,
+    explain_round,
     fine_tune,
     masked_units,
     remove_in_rounds,
     tuning_subset,
 )
+from demem.report import group_word, reason
 from demem.run.data import RunData
 from demem.run.head import read_head, write_head
 from demem.run.loaders import batches_of
@@ -81,7 +84,11 @@ def remove_and_refit(
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = _choice(data, choose, rounds, held_out, groups)
-    records = broadcast([round_.record(chosen=i == chosen, refitted=i > 0) for i, round_ in enumerate(rounds)])
+    known, impure = groups.informative, groups.impure
+    why = explain_round(chosen, rounds, held_out, groups.typical, groups_known=known, impure=impure)
+    records = [round_.record(chosen=i == chosen, refitted=i > 0) for i, round_ in enumerate(rounds)]
+    records[chosen] = replace(records[chosen], why=why or "choose() says so")
+    records = broadcast(records)
     if chosen == 0:
         return records, [], 0
     write_head(data.head, broadcast(rounds[chosen].head))
@@ -148,21 +155,23 @@ def _read_held_out(data: RunData, groups: Groups, description: str) -> tuple[Exa
     return Examples(*(values[some] for values in held_out)), rows.position[some].cpu()
 
 
-def describe_rounds(rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
+def describe_rounds(groups: Groups, rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
     """What was done to the network, in one line.
 
     Args:
+        groups: of the run.
         rounds: the network as trained first, as :func:`remove_and_refit` gives them.
         fine_tuned_on: held-out examples.
     """
     kept = next(record for record in rounds if record.chosen)
+    why = reason(groups, rounds)
     if not kept.refitted:
-        return "demem: the network stays as it was trained."
+        return f"demem: the network stays as it was trained{why}."
     tuned = f"fine-tuned on {fine_tuned_on}" if fine_tuned_on else "not fine-tuned on"
     return (
-        "demem: the head was refitted (cross-fitted accuracy on the worst inferred group: "
+        f"demem: the head was refitted (cross-fitted accuracy on the worst {group_word(groups)}: "
         f"{rounds[0].worst:.2f} → {kept.worst:.2f}), {kept.share:.0%} of its inputs masked, and the network {tuned} "
-        "held-out examples."
+        f"held-out examples{why}."
     )
 
 
