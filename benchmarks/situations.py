@@ -230,14 +230,13 @@ def _dominoes_network() -> nn.Module:
 def run(experiment: Experiment) -> Row:
     """Plain training and the remover on one data set, held-out source and seed."""
     start = time.perf_counter()
-    row: Row = {}
-    for name in ("erm", "demem"):
-        method = next(m for m in METHODS if (m.name, m.tier) == (name, "T0") and experiment.held_out in m.held_out)
-        outcome = method.run(experiment)
-        assert isinstance(outcome, Outcome)
-        judged = judge(outcome, experiment.data())
-        row |= {f"{name}_worst": judged["worst_group_acc"], f"{name}_avg": judged["avg_acc"]}
-    return {**row, **outcome.config, "seconds": round(time.perf_counter() - start, 1)}
+    method = next(m for m in METHODS if (m.name, m.tier) == ("demem", "T0") and experiment.held_out in m.held_out)
+    outcome = method.run(experiment)
+    # Validated as the remover's run is, which moves the random state: a network that is left alone is the same.
+    plain = Outcome(experiment.fit(validate=True).logits)
+    judged = {"erm": judge(plain, experiment.data()), "demem": judge(outcome, experiment.data())}
+    accuracies = {f"{arm}_{name}": of[f"{name}_acc"] for arm, of in judged.items() for name in ("worst_group", "avg")}
+    return {**accuracies, **outcome.config, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def main(argv: list[str]) -> int:
@@ -314,8 +313,8 @@ def _table(rows: list[Row], title: str) -> Table:
             f"{noise}%",
             source,
             str(len(mine)),
-            *(f"{100 * mean(row[f'{arm}_worst'] for row in mine):.1f}" for arm in ("erm", "demem")),
-            *(_change(mine, what) for what in ("worst", "avg")),
+            *(f"{100 * mean(row[f'{arm}_worst_group'] for row in mine):.1f}" for arm in ("erm", "demem")),
+            *(_change(mine, what) for what in ("worst_group", "avg")),
             ", ".join(f"{kind} {count}" for kind, count in kinds),
         )
     return table
@@ -336,7 +335,7 @@ def _sentences(rows: list[Row]) -> list[str]:
     if not without:
         return []
     false = sum(row["probe"]["shortcut"] for row in without)
-    lost = sum(min(_gains([row], "worst") + _gains([row], "avg")) < -2 for row in without)
+    lost = sum(min(_gains([row], "worst_group") + _gains([row], "avg")) < -2 for row in without)
     return [
         f"Of {len(without)} runs without a shortcut, {false} found one, and {lost} lost more than 2 points "
         "in worst class or average."

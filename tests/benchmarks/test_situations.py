@@ -65,6 +65,8 @@ def test_command_makes_rows_once_and_prints_them(one, tmp_path, capsys, monkeypa
         ("tabular", 10, "iid", 0),
     ]
     assert all(0.5 < row[f"{arm}_avg"] <= 1 for row in rows for arm in ("erm", "demem"))
+    for row in rows:  # left alone, bit for bit
+        assert row["erm_avg"] == row["demem_avg"] or row["refit"] or row["probe"]["shortcut"]
     assert rows[0]["probe"]["kind"] in capsys.readouterr().out
     assert __main__.main(command) == 0
     assert read_jsonl(tmp_path / "situations.jsonl") == rows  # nothing is made twice
@@ -72,11 +74,11 @@ def test_command_makes_rows_once_and_prints_them(one, tmp_path, capsys, monkeypa
 
 
 def test_the_verdict_of_all_runs_in_words(tmp_path, capsys):
-    row = {"data": "a", "noise": 0, "held_out": "iid", "shortcut": False, "erm_worst": 0.9, "erm_avg": 0.95}
+    row = {"data": "a", "noise": 0, "held_out": "iid", "shortcut": False, "erm_worst_group": 0.9, "erm_avg": 0.95}
     path = tmp_path / "rows.jsonl"
     for seed, (worst, avg, found) in enumerate(((0.9, 0.95, False), (0.87, 0.95, True), (0.9, 0.92, False))):
         probe = {"kind": "shortcut" if found else "nothing", "shortcut": found}
-        append_jsonl(path, {**row, "seed": seed, "demem_worst": worst, "demem_avg": avg, "probe": probe})
+        append_jsonl(path, {**row, "seed": seed, "demem_worst_group": worst, "demem_avg": avg, "probe": probe})
     assert __main__.main(["situations", "--rows", str(path)]) == 0
     assert "Of 3 runs without a shortcut, 1 found one, and 2 lost more than 2 points" in " ".join(
         capsys.readouterr().out.split()

@@ -237,7 +237,7 @@ def _cells(*accuracies, sizes=(200, 20, 200, 20)):
         (((1, 0.99), (0.9, 0.6), (1, 0.99), (0.9, 0.6)), False),  # cheap, and clearly worse
     ],
 )
-def test_a_refit_of_inferred_groups_must_be_worth_its_cost(cells, expected):
+def test_a_refit_for_a_doubtful_shortcut_must_be_worth_its_cost(cells, expected):
     right, than, y, atypical = _cells(*cells)
     assert worth_its_cost(right, than, y, atypical) == expected
 
@@ -248,22 +248,22 @@ def test_too_few_atypical_examples_speak_against_no_refit():
     assert not worth_its_cost(*_cells(*cells, sizes=(200, 5, 200, 4)))
 
 
-def test_only_inferred_groups_must_be_worth_the_cost():
+def test_only_a_doubtful_shortcut_must_be_worth_the_cost():
     rounds, held_out, typical = _rounds((0.7, 0.6, 0.6))
     atypical = held_out.atypical(typical)
     dear = torch.where(atypical, torch.arange(200) % 8 > 0, torch.arange(200) % 9 > 0)
     rounds = [replace(r, right=dear if i else torch.where(atypical, dear, True)) for i, r in enumerate(rounds)]
-    assert choose_round(rounds, held_out, typical, impure=True) == 0
+    assert choose_round(rounds, held_out, typical, doubtful=True) == 0
     assert not clearly_better(rounds[0].right, dear, 2 * held_out.y + atypical)
     assert choose_round(rounds, held_out, typical) == 1
 
 
 REASONS = [
-    ({"impure": True}, ((1, 0.9), (0.2, 0.7), (1, 0.9), (0.3, 0.8)), 1, "gains the atypical examples more"),
-    ({"impure": True}, ((1, 0.7), (0.0, 0.2), (1, 0.7), (0.0, 0.2)), 0, "would cost the typical examples more"),
-    ({"impure": True}, ((1, 0.99), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), 1, "costs the typical examples hardly"),
-    ({"impure": True}, ((1, 0.97), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), 0, "hardly gain more than that"),
-    ({"impure": True}, ((1, 0.7), (0.0, 0.3), (1, 0.7), (0.0, 0.3)), 1, "gets most of the atypical examples wrong"),
+    ({"doubtful": True}, ((1, 0.9), (0.2, 0.7), (1, 0.9), (0.3, 0.8)), 1, "gains the atypical examples more"),
+    ({"doubtful": True}, ((1, 0.7), (0.0, 0.2), (1, 0.7), (0.0, 0.2)), 0, "would cost the typical examples more"),
+    ({"doubtful": True}, ((1, 0.99), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), 1, "costs the typical examples hardly"),
+    ({"doubtful": True}, ((1, 0.97), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), 0, "hardly gain more than that"),
+    ({"doubtful": True}, ((1, 0.7), (0.0, 0.3), (1, 0.7), (0.0, 0.3)), 1, "gets most of the atypical examples wrong"),
     ({}, ((1, 0.5), (0.5, 0.5), (1, 0.5), (0.5, 0.5)), 0, "would cost the typical examples more"),
     ({}, ((1, 0.9), (0.9, 0.9), (1, 1), (0.9, 1)), 1, "not clearly worse"),
     ({"groups_known": False}, ((1, 1), (1, 1), (1, 1), (1, 1)), 0, "no shortcut to go by, and a refit is not clearly"),

@@ -35,6 +35,7 @@ class Groups:
         shortcut: whether these mistakes are those of a shortcut.
         kind: what they are, see :class:`~demem.groups.Verdict`.
         why: the figures behind it, in one sentence.
+        confirmed: whether a closer look sides with the labels of the probe's mistakes.
         known: whether the groups are true ones of the held-out examples, transferred to the training examples.
         epoch: epochs of training that went before.
     """
@@ -52,6 +53,7 @@ class Groups:
     epoch: int = 0
     kind: Kind = "undecided"
     why: str = ""
+    confirmed: bool = False
 
     def __repr__(self) -> str:
         what = "known groups" if self.known else "a shortcut" if self.shortcut else f"no shortcut, {self.kind}"
@@ -81,6 +83,11 @@ class Groups:
     def impure(self) -> bool:
         """Whether hard examples of the typical groups may be among the minority: a shortcut's groups are inferred."""
         return self.shortcut and not self.known
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether there may be no shortcut after all: the closer look did not side with the labels."""
+        return self.impure and not self.confirmed
 
     @property
     def many_errors(self) -> bool:
@@ -135,8 +142,9 @@ class Groups:
         few = self.few_errors and (self.epoch == 0 or not math.isnan(verdict.surprise))  # NaN: no mistake is confident
         possible = verdict.kind not in ("label noise", "nothing") and few and not waits
         if self.shortcut and (decided or possible):
-            few_and_sure = "" if verdict.kind == "shortcut" else "the probe makes few mistakes and is sure of many; "
-            return replace(self, kind="shortcut", why=few_and_sure + verdict.why)
+            confirmed = verdict.kind == "shortcut"
+            few_and_sure = "" if confirmed else "the probe makes few mistakes and is sure of many; "
+            return replace(self, kind="shortcut", why=few_and_sure + verdict.why, confirmed=confirmed)
         kind = "hard examples" if verdict.kind == "shortcut" else verdict.kind  # of which the probe is not sure
         return replace(self.without_shortcut(), kind=kind, why=verdict.why)
 

@@ -378,7 +378,7 @@ def choose_round(
     typical: Tensor,
     tolerance: float = 1.0,
     groups_known: bool = True,
-    impure: bool = False,
+    doubtful: bool = False,
 ) -> int:
     """Index of the round to keep.
 
@@ -392,7 +392,7 @@ def choose_round(
     groups, most of which have fewer than 5, as where many classes share few held-out examples.  Where the groups are
     unknown, no class may lose by it, either.  It also stays so where it is clearly better itself, over those examples:
     a head that turns the shortcut round helps the atypical ones by less than it costs the typical ones.  Where the
-    groups are inferred, that the head helps must be likely, or cheap (:func:`worth_its_cost`).
+    shortcut is doubtful, that the head helps must be likely, or cheap (:func:`worth_its_cost`).
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -400,7 +400,7 @@ def choose_round(
         typical: ``(C,)`` the typical group of each class.
         tolerance: see above.
         groups_known: the held-out examples' groups say more than their classes.
-        impure: hard examples of the typical groups may be among the atypical ones, as the groups are inferred.
+        doubtful: the atypical examples may be hard ones or have wrong labels, as the shortcut is not confirmed.
 
     Example:
         >>> y = torch.arange(80) % 2
@@ -410,7 +410,7 @@ def choose_round(
         >>> choose_round(rounds, examples, torch.tensor([0, 2]))  # refitted, and nothing masked
         1
     """
-    return _decide(rounds, held_out, typical, tolerance, groups_known, impure)[0]
+    return _decide(rounds, held_out, typical, tolerance, groups_known, doubtful)[0]
 
 
 def explain_round(
@@ -420,13 +420,13 @@ def explain_round(
     typical: Tensor,
     tolerance: float = 1.0,
     groups_known: bool = True,
-    impure: bool = False,
+    doubtful: bool = False,
 ) -> str:
     """Why :func:`choose_round` keeps this round, in a few words; empty where it keeps another.
 
     Args:
         chosen: index of the round that is kept.
-        rounds, held_out, typical, tolerance, groups_known, impure: see :func:`choose_round`.
+        rounds, held_out, typical, tolerance, groups_known, doubtful: see :func:`choose_round`.
 
     Example:
         >>> y = torch.arange(80) % 2
@@ -436,12 +436,12 @@ def explain_round(
         >>> explain_round(0, rounds, examples, torch.tensor([0, 1]), groups_known=False)
         'there is no shortcut to go by, and a refit is not clearly better'
     """
-    decided, why = _decide(rounds, held_out, typical, tolerance, groups_known, impure)
+    decided, why = _decide(rounds, held_out, typical, tolerance, groups_known, doubtful)
     return why if decided == chosen else ""
 
 
 def _decide(
-    rounds: Sequence[Round], held_out: Examples, typical: Tensor, tolerance: float, groups_known: bool, impure: bool
+    rounds: Sequence[Round], held_out: Examples, typical: Tensor, tolerance: float, groups_known: bool, doubtful: bool
 ) -> tuple[int, str]:
     """:func:`choose_round`, and why."""
     best = max(rounds[1:], key=lambda r: r.worst)
@@ -457,12 +457,12 @@ def _decide(
     new, old, cell = rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical
     known_enough = max(fewest, rounds[refit].fitted_atypical) >= FEWEST_ATYPICAL
     if groups_known and known_enough and not scattered:
-        if impure:
+        if doubtful:
             worth, why = _weigh(new, old, held_out.y, atypical)
             return (refit if worth else 0), why
         if fewest >= FEWEST_JUDGED and clearly_better(old, new, cell):
             return 0, COSTS_MORE
-        return refit, "the groups are given, and it is not clearly worse on average over them"
+        return refit, "it is not clearly worse on average over the groups"
     better = clearly_better(new, old, cell)
     loses = any(int(new[members].sum()) < int(old[members].sum()) for _, members in members_of(cell))
     if better and (groups_known or not loses):
