@@ -169,17 +169,15 @@ def test_saving_memory_changes_no_bit_with_few_classes():
     assert torch.equal(head.bias, bias)
 
 
-def test_many_classes_are_nearer_to_scikit_learn_than_the_plain_fit():
+def test_many_classes_agree_with_scikit_learn():
     x, y = _problem(2000, 20, classes=40)
     assert len(y.unique()) == 40
-    head, (weight, bias) = fit_linear(x, y, l2=1e-2, num_classes=40), _plain_fit(x, y, 40, 1e-2)
+    head = fit_linear(x, y, l2=1e-2, num_classes=40)
     z = ((x - x.mean(0)) / x.std(0, correction=0)).double().numpy()
     reference = LogisticRegression(C=1 / (1e-2 * 20), tol=1e-10, max_iter=20_000)
     reference.fit(z, y.numpy(), sample_weight=torch.full((2000,), 1 / 2000).numpy())
     expected = torch.from_numpy(reference.predict_proba(z))
-    ours, plain = (float((logits.softmax(1) - expected).abs().max()) for logits in (head(x), x @ weight.T + bias))
-    assert ours < 5e-4
-    assert ours < plain
+    assert float((head(x).softmax(1) - expected).abs().max()) < 5e-4
 
 
 @pytest.mark.parametrize("most", [2, 3, 7, 15, 16, 40, 92, 93, 200])
