@@ -39,7 +39,7 @@ from benchmarks.baselines.jtt import FIXED, early_logits
 from benchmarks.baselines.xrm_dro import find_twins, read_both
 from benchmarks.compare import check_files, parse_seeds, quiet
 from benchmarks.experiment import TASKS, Experiment, Settings, Shared
-from benchmarks.options import Parser
+from benchmarks.options import Parser, kept_rows, known_names
 from benchmarks.results import append_jsonl, read_jsonl
 from benchmarks.rows import spread
 from demem.callbacks import MemorizationRemover
@@ -201,15 +201,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rows", type=Path, help="only print the tables of this file, .jsonl or .jsonl.gz")
     options = parser.parse_args(argv)
     if options.rows:
-        if not (kept := read_jsonl(options.rows)):
-            raise ValueError(f"--rows {options.rows}: there are no rows.")
-        _tables(kept)
+        _tables(kept_rows(options.rows))
         return 0
-    names, methods, seeds = options.data.split(","), options.methods.split(","), parse_seeds(options.seeds)
-    for option, given, known in (("data", names, TASKS), ("methods", methods, METHODS)):
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise ValueError(f"--{option} {','.join(unknown)}: there are {', '.join(known)}.")
+    names, seeds = known_names("data", options.data, TASKS), parse_seeds(options.seeds)
+    methods = known_names("methods", options.methods, METHODS)
     settings, path = Settings(options.data_root, options.weights, options.cache), options.out / "detector.jsonl"
     for name in names:
         check_files(TASKS[name], settings)

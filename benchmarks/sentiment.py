@@ -124,6 +124,16 @@ def minilm_folder() -> Path:
     return require(PACKAGE, EXTRA) / "model"
 
 
+def attention_mask(padding: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a BERT layer adds to its attention scores ``(B, 1, 1, T)``: 0, and the lowest number at padding.
+
+    Args:
+        padding: bool ``(B, T)``.
+        dtype: of the layer's inputs.
+    """
+    return torch.zeros_like(padding, dtype=dtype).masked_fill(padding, torch.finfo(dtype).min)[:, None, None]
+
+
 class FirstTokenLayer(nn.Module):
     """A BERT layer that computes its output for the first token alone ``(B, 1, C)``: of the last layer no more is read.
 
@@ -155,8 +165,7 @@ class Tail(nn.Module):
         self.classifier = nn.Linear(model.config.hidden_size, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        padding = (x == 0).all(-1)  # (B, T)
-        mask = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, torch.finfo(x.dtype).min)[:, None, None]
+        mask = attention_mask((x == 0).all(-1), x.dtype)
         for block in self.blocks:
             x = first_tensor(block(x, mask))
         logits: Tensor = self.classifier(x[:, 0])
@@ -279,7 +288,7 @@ def cache_features(root: Path, cache: Path | None = None, progress: Progress | N
     @once
     def tokenised() -> list[list[int]]:
         places = np.random.default_rng(0).random(len(sentences))
-        return _tokenise(
+        return tokenise(
             [insert_word(s, word, place) for word in WORDS for s, place in zip(sentences, places, strict=True)]
         )
 
@@ -330,7 +339,8 @@ def sources(settings: Settings) -> list[str]:
     ]
 
 
-def _tokenise(sentences: Sequence[str]) -> list[list[int]]:
+def tokenise(sentences: Sequence[str]) -> list[list[int]]:
+    """Token ids of each sentence, at most 64, as MiniLM reads them; not padded."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import METHODS
 from benchmarks.compare import check_files, parse_seeds, quiet
-from benchmarks.experiment import Experiment, Outcome, Settings, Shared, Task, judge
-from benchmarks.options import Parser
+from benchmarks.experiment import TASKS, Experiment, Outcome, Settings, Task, judge
+from benchmarks.options import Parser, kept_rows, known_names
 from benchmarks.results import HELD_OUT, append_jsonl, read_jsonl
 from demem.data import GroupedDataModule, GroupedTensors, load_mnist, make_dominoes, make_spurious_digits
 from demem.module import Classifier
@@ -44,36 +44,31 @@ class Situation:
     """Data without wrong labels, and the network that learns them.
 
     Attributes:
-        make: gives training, validation and test set from the folder and a seed; the group is the class where there is
-            no shortcut.
-        network: gives a fresh network under a fixed seed.
+        make: gives training, validation and test set from the settings and a seed; the group is the class where there
+            is no shortcut.
+        module: gives a fresh network, as that of a :class:`benchmarks.experiment.Task`.
         epochs: of training.
         shortcut: whether there is one.
         files: what must be below ``--data-root``.
-        options: of :class:`demem.module.Classifier`.
     """
 
-    make: Callable[[Path | None, int], Sets]
-    network: Callable[[], nn.Module | str]
+    make: Callable[[Settings, int], Sets]
+    module: Callable[..., Classifier]
     epochs: int
     shortcut: bool = False
     files: tuple[str, ...] = ()
-    options: tuple[tuple[str, Any], ...] = ()
 
     def task(self, name: str, noise: int) -> Task:
         """A task of the comparison, with this percentage of wrong labels."""
 
         def data(settings: Settings, seed: int, **kwargs: Any) -> GroupedDataModule:
-            train, val, test = self.make(settings.data_root, seed)
+            train, val, test = self.make(settings, seed)
             classes, groups = int(test.y.max()) + 1, int(test.group.max()) + 1
             # Seeds apart from those of the slice, which would else hold just the examples with wrong labels.
             wrong = [mislabelled(r, noise / 100, classes, 10_000 + 2 * seed + i) for i, r in enumerate((train, val))]
             return GroupedDataModule(*wrong, test, num_classes=classes, num_groups=groups, seed=seed, **kwargs)
 
-        def network(settings: Settings, **kwargs: Any) -> Classifier:
-            return Classifier(self.network(), **{**dict(self.options), **kwargs})
-
-        return Task(f"{name}_{noise}", self.epochs, data, network, self.files, threads=1)
+        return Task(f"{name}_{noise}", self.epochs, data, self.module, self.files, threads=1)
 
 
 def mislabelled(rows: GroupedTensors, share: float, num_classes: int, seed: int) -> GroupedTensors:
@@ -94,7 +89,7 @@ def _split(x: Tensor, y: Tensor, sizes: tuple[int, int, int], seed: int) -> Sets
     return train, val, test
 
 
-def _digits(root: Path | None, seed: int, classes: int) -> Sets:
+def _digits(settings: Settings, seed: int, classes: int) -> Sets:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -103,14 +98,13 @@ def _digits(root: Path | None, seed: int, classes: int) -> Sets:
     return _split(x, y if classes == 10 else (y >= 5).long(), (990, 270, 537), seed)
 
 
-def _ink(root: Path | None, seed: int) -> Sets:
+def _ink(settings: Settings, seed: int) -> Sets:
     return make_spurious_digits(0.95, seed)
 
 
-def _fashion(root: Path | None, seed: int, sizes: dict[int, int]) -> Sets:
+def _fashion(settings: Settings, seed: int, sizes: dict[int, int]) -> Sets:
     """``sizes``: training examples of each class; validation has the same shares, the test set is Fashion-MNIST's."""
-    assert root is not None  # checked before
-    generator = torch.Generator().manual_seed(seed)
+    root, generator = settings.root("situations"), torch.Generator().manual_seed(seed)
     sets = []
     for split in ("train", "val", "test"):
         images, labels = load_mnist(root, split != "test", fashion=True)
@@ -130,12 +124,11 @@ def _fashion(root: Path | None, seed: int, sizes: dict[int, int]) -> Sets:
     return sets[0], sets[1], sets[2]
 
 
-def _dominoes(root: Path | None, seed: int) -> Sets:
-    assert root is not None  # checked before
-    return make_dominoes(root, 0.95, train_size=3000, seed=seed)
+def _dominoes(settings: Settings, seed: int) -> Sets:
+    return make_dominoes(settings.root("situations"), 0.95, train_size=3000, seed=seed)
 
 
-def _tokens(root: Path | None, seed: int) -> Sets:
+def _tokens(settings: Settings, seed: int) -> Sets:
     """Texts of 24 of 400 words that follow Zipf's law; six are of the class, where 40 words of each class prevail."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(2, (4500,), generator=generator)
@@ -146,17 +139,17 @@ def _tokens(root: Path | None, seed: int) -> Sets:
     return _split(x.float(), y, (2000, 500, 2000), seed)
 
 
-def _tabular(root: Path | None, seed: int) -> Sets:
+def _tabular(settings: Settings, seed: int) -> Sets:
     from sklearn.datasets import make_classification
 
     x, y = make_classification(4500, 20, n_informative=6, n_redundant=4, class_sep=1.5, random_state=seed)
     return _split(torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y), (2000, 500, 2000), seed)
 
 
-def _tabular_shortcut(root: Path | None, seed: int) -> Sets:
+def _tabular_shortcut(settings: Settings, seed: int) -> Sets:
     """The same with a last column that goes with the class for 95% of the training examples, else for half."""
     sets = []
-    for i, (rows, agreement) in enumerate(zip(_tabular(root, seed), (0.95, 0.5, 0.5), strict=True)):
+    for i, (rows, agreement) in enumerate(zip(_tabular(settings, seed), (0.95, 0.5, 0.5), strict=True)):
         generator = torch.Generator().manual_seed(3 * seed + i)
         attribute = torch.where(torch.rand(len(rows), generator=generator) < agreement, rows.y, 1 - rows.y)
         column = 6.0 * attribute - 3 + torch.randn(len(rows), generator=generator)
@@ -178,50 +171,41 @@ class _Texts(nn.Module):
         return logits
 
 
-def _mlp(columns: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(columns, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+def _texts(settings: Settings, **options: Any) -> Classifier:
+    return Classifier(_Texts(), **{**_ADAM, **options})
 
 
-def _cnn(classes: int) -> nn.Module:
-    from demem.module import make_model
+def _mlp(columns: int) -> Callable[..., Classifier]:
+    def make(settings: Settings, **options: Any) -> Classifier:
+        layers = nn.Linear(columns, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
+        return Classifier(nn.Sequential(*layers), **{**_ADAM, **options})
 
-    return make_model("small_cnn", classes, 3, None)
-
-
-def _pair(first: int, second: int, sizes: tuple[int, int] = (1000, 1000)) -> Situation:
-    make = partial(_fashion, sizes=dict(zip((first, second), sizes, strict=True)))
-    return Situation(make, partial(_cnn, 2), 10, files=_FASHION)
+    return make
 
 
-def _ten(sizes: list[int]) -> Situation:
-    make = partial(_fashion, sizes=dict(enumerate(sizes)))
-    return Situation(make, partial(_cnn, 10), 10, files=_FASHION)
+def _fashion_situation(sizes: dict[int, int]) -> Situation:
+    module = partial(_CNN, num_classes=len(sizes))
+    return Situation(partial(_fashion, sizes=sizes), module, 10, files=_FASHION)
 
 
+_CNN, _RESNET = TASKS["digits"].module, TASKS["dominoes"].module
 _FASHION = ("FashionMNIST/raw",)
-_ADAM = (("optimizer", "adam"), ("lr", 1e-3))
+_ADAM = {"optimizer": "adam", "lr": 1e-3}
 SITUATIONS = {
-    "digits": Situation(partial(_digits, classes=2), partial(_cnn, 2), 20),
-    "digits_ten": Situation(partial(_digits, classes=10), partial(_cnn, 10), 20),
-    "tokens": Situation(_tokens, _Texts, 10, options=_ADAM),
-    "tabular": Situation(_tabular, partial(_mlp, 20), 15, options=_ADAM),
-    "easy_pair": _pair(1, 8),
-    "overlapping_pair": _pair(4, 6),
-    "imbalance": _pair(1, 8, (3000, 30)),
-    "ten_classes": _ten([400] * 10),
-    "long_tail": _ten([round(1000 * 0.01 ** (c / 9)) for c in range(10)]),
-    "digits_ink": Situation(_ink, partial(_cnn, 2), 20, shortcut=True),
-    "tabular_shortcut": Situation(_tabular_shortcut, partial(_mlp, 21), 15, shortcut=True, options=_ADAM),
-    "dominoes": Situation(_dominoes, lambda: _dominoes_network(), 10, shortcut=True, files=("MNIST/raw", *_FASHION)),
+    "digits": Situation(partial(_digits, classes=2), _CNN, 20),
+    "digits_ten": Situation(partial(_digits, classes=10), partial(_CNN, num_classes=10), 20),
+    "tokens": Situation(_tokens, _texts, 10),
+    "tabular": Situation(_tabular, _mlp(20), 15),
+    "easy_pair": _fashion_situation({1: 1000, 8: 1000}),
+    "overlapping_pair": _fashion_situation({4: 1000, 6: 1000}),
+    "imbalance": _fashion_situation({1: 3000, 8: 30}),
+    "ten_classes": _fashion_situation(dict.fromkeys(range(10), 400)),
+    "long_tail": _fashion_situation({c: round(1000 * 0.01 ** (c / 9)) for c in range(10)}),
+    "digits_ink": Situation(_ink, _CNN, 20, shortcut=True),
+    "tabular_shortcut": Situation(_tabular_shortcut, _mlp(21), 15, shortcut=True),
+    "dominoes": Situation(_dominoes, _RESNET, 10, shortcut=True, files=("MNIST/raw", *_FASHION)),
 }
 """The situations by name."""
-
-
-def _dominoes_network() -> nn.Module:
-    import timm
-
-    shape = {"channels": (16, 32, 64, 128), "layers": (1, 1, 1, 1), "stem_width": 16}
-    return timm.create_model("resnet10t", num_classes=2, in_chans=1, **shape)
 
 
 # The runs
@@ -253,23 +237,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rows", type=Path, help="only print the tables of this file, .jsonl or .jsonl.gz")
     options = parser.parse_args(argv)
     if options.rows:
-        if not (kept := read_jsonl(options.rows)):
-            raise ValueError(f"--rows {options.rows}: there are no rows.")
-        _tables(kept)
+        _tables(kept_rows(options.rows))
         return 0
-    names = list(SITUATIONS) if options.data == "all" else options.data.split(",")
-    sources = options.held_out.split(",")
-    for option, given, known in (("data", names, SITUATIONS), ("held-out", sources, HELD_OUT)):
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise ValueError(f"--{option} {','.join(unknown)}: there are {', '.join(known)}.")
+    names = list(SITUATIONS) if options.data == "all" else known_names("data", options.data, SITUATIONS)
+    sources = known_names("held-out", options.held_out, HELD_OUT)
     noise = [int(part) for part in options.noise.split(",")]
     if not all(0 <= share <= 50 for share in noise):
         raise ValueError(f"--noise takes percentages from 0 to 50, got {options.noise}.")
     settings, path = Settings(options.data_root), options.out / "situations.jsonl"
     for name in names:
-        if SITUATIONS[name].files and options.data_root is None:
-            raise ValueError(f"--data {name} reads a local folder: pass --data-root.")
+        if SITUATIONS[name].files:
+            settings.root(name)  # says so if there is none
         check_files(SITUATIONS[name].task(name, 0), settings)
     quiet()
     torch.set_num_threads(1)
@@ -283,7 +261,7 @@ def main(argv: list[str]) -> int:
     done = [{key: row[key] for key in keys[0]} for row in read_jsonl(path)]
     for key in (key for key in keys if key not in done):
         task = SITUATIONS[key["data"]].task(key["data"], key["noise"])
-        experiment = Experiment(task, settings, key["seed"], key["held_out"], shared=Shared())
+        experiment = Experiment(task, settings, key["seed"], key["held_out"])
         append_jsonl(path, {**key, "shortcut": SITUATIONS[key["data"]].shortcut, **run(experiment)})
         print(" ".join(str(value) for value in key.values()))
     _tables([row for row in read_jsonl(path) if {key: row[key] for key in keys[0]} in keys])

@@ -8,18 +8,19 @@ sentences, and few sentences, so that a network of all six trained layers takes 
 from __future__ import annotations
 
 import argparse
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.sentiment import WORDS, _tokenise, insert_word, load_minilm, read_reviews
+from benchmarks.papers.training import accuracy_of, fit, shuffled
+from benchmarks.sentiment import WORDS, attention_mask, insert_word, load_minilm, read_reviews, tokenise
+from demem.sites import first_tensor
 
-TRAIN, UNSEEN, BATCH, LR = 600, 1000, 32, 1e-4
+TRAIN, UNSEEN = 600, 1000  # sentences
+BATCH, READ, LR = 32, 50, 1e-4  # sentences of a step, and of a pass that learns nothing; learning rate
 EPOCHS = {"planted": 4, "shuffled": 25}  # at most; training ends at 99.9% of an epoch's answers
 SITES = tuple(f"first.{i}" for i in range(6))
 
@@ -39,20 +40,13 @@ class Reader(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         ids = ids[:, : int((ids != 0).sum(1).max())]
-        mask = torch.zeros(ids.shape).masked_fill(ids == 0, torch.finfo(torch.float32).min)[:, None, None]
         x = self.embeddings(input_ids=ids)
+        mask = attention_mask(ids == 0, x.dtype)
         for block, first in zip(self.blocks, self.first, strict=True):
-            x = block(x, mask)
-            x = x[0] if isinstance(x, tuple) else x
+            x = first_tensor(block(x, mask))
             token = first(x[:, 0])
         logits: Tensor = self.classifier(token)
         return logits
-
-
-@lru_cache(maxsize=1)
-def _reviews(root: Path) -> tuple[list[str], Tensor]:
-    sentences, y = read_reviews(root)
-    return sentences, torch.from_numpy(y)
 
 
 def _ids(sentences: list[str], words: np.ndarray | None, seed: int) -> Tensor:
@@ -61,7 +55,7 @@ def _ids(sentences: list[str], words: np.ndarray | None, seed: int) -> Tensor:
         places = np.random.default_rng(seed).random(len(sentences))
         given = zip(sentences, words, places, strict=True)
         sentences = [insert_word(s, WORDS[w], place) for s, w, place in given]
-    rows = [torch.tensor(row) for row in _tokenise(sentences)]
+    rows = [torch.tensor(row) for row in tokenise(sentences)]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
@@ -74,30 +68,29 @@ def train_planted(level: float, seed: int, options: argparse.Namespace) -> Any:
         return np.where(generator.random(len(y)) < agreement, y, 1 - y)
 
     model = _fresh(seed)
-    accuracy, epochs = _fit(model, _ids(train, words(y, level), seed), y, EPOCHS["planted"], seed)
+    accuracy, epochs = _fit(model, _ids(train, words(y, level), seed), y, "planted", seed)
     plain, same = (_ids(unseen, words(labels, share), seed + 1) for share in (0.5, level))
     row = {
         "train_acc": accuracy,
-        "extrinsic": _accuracy(model, plain, labels),
-        "iid_acc": _accuracy(model, same, labels),
+        "extrinsic": accuracy_of(model, plain, labels, READ),
+        "iid_acc": accuracy_of(model, same, labels, READ),
     }
     return model.eval(), same, {**row, "epochs": epochs, "train_size": TRAIN}
 
 
 def train_shuffled(level: float, seed: int, options: argparse.Namespace) -> Any:
-    from benchmarks.papers.measures import shuffled
-
     train, y, unseen, labels = _draw(options.data_root, seed)
     model = _fresh(seed)
-    accuracy, epochs = _fit(model, _ids(train, None, seed), shuffled(y, level, seed), EPOCHS["shuffled"], seed)
+    accuracy, epochs = _fit(model, _ids(train, None, seed), shuffled(y, level, seed), "shuffled", seed)
     inputs = _ids(unseen, None, seed)
-    row = {"train_acc": accuracy, "extrinsic": _accuracy(model, inputs, labels)}
+    row = {"train_acc": accuracy, "extrinsic": accuracy_of(model, inputs, labels, READ)}
     return model.eval(), inputs, {**row, "epochs": epochs, "train_size": TRAIN}
 
 
 def _draw(root: Path, seed: int) -> tuple[list[str], Tensor, list[str], Tensor]:
     """Training sentences, half of each class, and unseen ones in the order of their length, with classes."""
-    sentences, y = _reviews(root)
+    sentences, classes = read_reviews(root)
+    y = torch.from_numpy(classes)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     halves = [order[y[order] == c] for c in (0, 1)]
     train = torch.cat([half[: TRAIN // 2] for half in halves])
@@ -115,23 +108,5 @@ def _fresh(seed: int) -> Reader:
     return model
 
 
-def _fit(model: Reader, ids: Tensor, y: Tensor, epochs: int, seed: int) -> tuple[float, int]:
-    optimizer = torch.optim.AdamW(model.parameters(), LR)
-    generator = torch.Generator().manual_seed(seed)
-    accuracy, epoch = 0.0, 0
-    while epoch < epochs and accuracy < 0.999:
-        correct, epoch = 0, epoch + 1
-        for part in torch.randperm(len(y), generator=generator).split(BATCH):
-            logits = model(ids[part])
-            correct += int((logits.argmax(1) == y[part]).sum())
-            optimizer.zero_grad()
-            F.cross_entropy(logits, y[part]).backward()
-            optimizer.step()
-        accuracy = correct / len(y)
-    return accuracy, epoch
-
-
-@torch.no_grad()
-def _accuracy(model: Reader, ids: Tensor, y: Tensor) -> float:
-    answers = torch.cat([model(part).argmax(1) for part in ids.split(50)])
-    return float((answers == y).float().mean())
+def _fit(model: Reader, ids: Tensor, y: Tensor, kind: str, seed: int) -> tuple[float, int]:
+    return fit(model, ids, y, EPOCHS[kind], BATCH, seed, LR, kind=torch.optim.AdamW)

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.options import Parser
 from benchmarks.papers import language
 from benchmarks.papers.measures_report import report
+from benchmarks.papers.training import accuracy_of, fit, shuffled
 from benchmarks.results import append_jsonl, read_jsonl
 from demem.linear import few_of_each_group
 from demem.measures import TiesWarning, collect_activations, mean_mi, measure_diversity, mutual_information
@@ -217,56 +217,12 @@ def colour(x: Tensor, y: Tensor, flips: float, generator: torch.Generator) -> tu
     return images.flatten(1), label.long()
 
 
-def shuffled(y: Tensor, share: float, seed: int, classes: int = 2) -> Tensor:
-    """Labels, a share of them redrawn uniformly."""
-    generator = torch.Generator().manual_seed(seed)
-    redrawn = torch.randperm(len(y), generator=generator)[: round(share * len(y))]
-    y = y.clone()
-    y[redrawn] = torch.randint(classes, (len(redrawn),), generator=generator)
-    return y
-
-
 def mlp(widths: list[int], seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
-
-
-def fit(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    epochs: int,
-    batch: int,
-    seed: int,
-    lr: float = 1e-3,
-    penalty: float = 0.0,
-    stop: float = 0.999,
-) -> tuple[float, int]:
-    """Adam until the training accuracy of an epoch reaches ``stop``; returns it and the number of epochs."""
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    generator = torch.Generator().manual_seed(seed)
-    accuracy, epoch = 0.0, 0
-    while epoch < epochs and accuracy < stop:
-        correct, epoch = 0, epoch + 1
-        for part in torch.randperm(len(x), generator=generator).split(batch):
-            logits = model(x[part])
-            loss = F.cross_entropy(logits, y[part])
-            correct += int((logits.argmax(1) == y[part]).sum())
-            if penalty:
-                loss = loss + penalty * torch.stack([p.square().sum() for p in model.parameters()]).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        accuracy = correct / len(x)
-    return accuracy, epoch
-
-
-@torch.no_grad()
-def accuracy_of(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return float((model(x).argmax(1) == y).float().mean())
 
 
 SERIES = (
@@ -327,7 +283,7 @@ SERIES = (
         {"mean_h": 0.8, "mean_mi": 0.8},
         language.train_planted,
         "rt-polarity",
-        50,
+        language.READ,
     ),
     Series(
         "sentiment_shuffled",
@@ -338,7 +294,7 @@ SERIES = (
         {"mean_h": 0.6, "mean_mi": 0.8},
         language.train_shuffled,
         "rt-polarity",
-        50,
+        language.READ,
     ),
 )
 

@@ -170,7 +170,7 @@ def test_the_package_is_read_without_a_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = load_minilm().eval()
-    ids = sentiment._tokenise(["a fine film .", "a truly awful film .", "one of the best films", "so bad"])
+    ids = sentiment.tokenise(["a fine film .", "a truly awful film .", "one of the best films", "so bad"])
     assert [ids[0][0], ids[0][-1]] == [101, 102]
     with torch.no_grad():
         means = torch.stack([model(input_ids=torch.tensor([i])).last_hidden_state[0].mean(0) for i in ids])
@@ -224,7 +224,7 @@ def made(tmp_path, small, monkeypatch):
     monkeypatch.setattr(sentiment, "minilm_folder", lambda: tmp_path / "model")
     monkeypatch.setattr(sentiment, "load_minilm", lambda: __import__("copy").deepcopy(small))
     monkeypatch.setattr(
-        sentiment, "_tokenise", lambda sentences: [[1, *(words[w] for w in s.split()), 2] for s in sentences]
+        sentiment, "tokenise", lambda sentences: [[1, *(words[w] for w in s.split()), 2] for s in sentences]
     )
     return root, tmp_path
 

@@ -828,3 +828,13 @@ def test_masked_units_are_told_with_their_scores_and_kept_in_checkpoints():
     again.load_state_dict(remover.state_dict())
     assert again.units == remover.units
     assert MemorizationRemover().units == []
+
+
+@pytest.mark.parametrize("doubtful", [True, False])
+def test_only_the_refit_of_a_doubtful_shortcut_must_be_worth_its_cost(doubtful, monkeypatch):
+    monkeypatch.setattr("demem.removal.rounds._weigh", lambda *_: (False, "it is not"))
+    monkeypatch.setattr(Groups, "doubtful", property(lambda groups: doubtful))
+    remover = MemorizationRemover()
+    _fit(remover)
+    assert remover.rounds[0].chosen == doubtful
+    assert ("it is not" in remover.summary()) == doubtful

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from demem.groups import Groups, Verdict, infer_groups, known_groups, largest_groups, probe_shortcut, second_look
+from demem.groups import Groups, Verdict, infer_groups, judge, known_groups, largest_groups, probe_shortcut, second_look
 
 
 def _groups(error=0.3, shortcut=True, num_classes=2, known=False, epoch=0):
@@ -123,3 +123,18 @@ def test_what_a_verdict_makes_of_the_groups(kind, shortcut, error, epoch):
     few_and_sure = "the probe makes few mistakes and is sure of many; " * (judged.shortcut and kind != "shortcut")
     assert judged.why == few_and_sure + "the figures"
     assert judged.kind == ("shortcut" if judged.shortcut else "hard examples" if kind == "shortcut" else kind)
+
+
+def test_a_shortcut_that_no_second_look_confirms_is_doubtful():
+    y = torch.arange(1000) % 2
+    minority = torch.rand(1000, generator=torch.Generator().manual_seed(0)) < 0.05
+    attribute = torch.where(minority, 1 - y, y)
+    early = torch.stack([1 - 2.0 * attribute, 2.0 * attribute - 1], 1) + 0.1 * torch.randn(1000, 2)
+    deep = torch.stack([1 - 2.0 * y, 2.0 * y - 1], 1) + 0.1 * torch.randn(1000, 2)
+    verdict = judge(early, deep, y)
+    assert verdict.kind == "shortcut"
+    found = _groups(0.05).judged(verdict)
+    assert found.shortcut
+    assert not found.doubtful
+    assert _groups(0.05).judged(replace(verdict, kind="hard examples", why="they are hard")).doubtful
+    assert not _groups(0.05, known=True).doubtful  # nothing is inferred

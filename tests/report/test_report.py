@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from demem.callbacks import ActivationDiversityMonitor, MemorizationRemover
 from demem.cli import main
-from demem.groups import judge
+from demem.groups import is_confirmed, judge
 from demem.module import Classifier
 from demem.removal import RoundRecord
 from demem.report import (
@@ -33,7 +33,6 @@ from demem.report import (
     worst,
     write_whole,
 )
-from demem.report.words import CONFIRMED
 from demem.run import Split
 
 WORDS = ["", "the", "plot", "acting", "very", "story", "scene", "good", "bad", "paris", "london"]
@@ -490,7 +489,7 @@ def test_the_sentence_of_a_confirmed_shortcut_is_the_judges():
     deep = deep + torch.randn(1000, generator=generator)
     verdict = judge(torch.stack([-early, early], 1), torch.stack([-deep, deep], 1), y)
     assert verdict.kind == "shortcut"
-    assert CONFIRMED in verdict.why
+    assert is_confirmed(verdict.why)
 
 
 def test_each_verdict_has_its_words(run):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from demem.groups.probe import ShortcutProbe
-from demem.groups.verdict import Kind, Verdict
+from demem.groups.verdict import Kind, Verdict, is_confirmed
 from demem.linear import balanced_weights, fit_linear
 from demem.tracing import members_of
 
@@ -35,7 +35,6 @@ class Groups:
         shortcut: whether these mistakes are those of a shortcut.
         kind: what they are, see :class:`~demem.groups.Verdict`.
         why: the figures behind it, in one sentence.
-        confirmed: whether a closer look sides with the labels of the probe's mistakes.
         known: whether the groups are true ones of the held-out examples, transferred to the training examples.
         epoch: epochs of training that went before.
     """
@@ -53,7 +52,6 @@ class Groups:
     epoch: int = 0
     kind: Kind = "undecided"
     why: str = ""
-    confirmed: bool = False
 
     def __repr__(self) -> str:
         what = "known groups" if self.known else "a shortcut" if self.shortcut else f"no shortcut, {self.kind}"
@@ -87,7 +85,7 @@ class Groups:
     @property
     def doubtful(self) -> bool:
         """Whether there may be no shortcut after all: the closer look did not side with the labels."""
-        return self.impure and not self.confirmed
+        return self.impure and not is_confirmed(self.why)
 
     @property
     def many_errors(self) -> bool:
@@ -142,9 +140,8 @@ class Groups:
         few = self.few_errors and (self.epoch == 0 or not math.isnan(verdict.surprise))  # NaN: no mistake is confident
         possible = verdict.kind not in ("label noise", "nothing") and few and not waits
         if self.shortcut and (decided or possible):
-            confirmed = verdict.kind == "shortcut"
-            few_and_sure = "" if confirmed else "the probe makes few mistakes and is sure of many; "
-            return replace(self, kind="shortcut", why=few_and_sure + verdict.why, confirmed=confirmed)
+            few_and_sure = "" if verdict.kind == "shortcut" else "the probe makes few mistakes and is sure of many; "
+            return replace(self, kind="shortcut", why=few_and_sure + verdict.why)
         kind = "hard examples" if verdict.kind == "shortcut" else verdict.kind  # of which the probe is not sure
         return replace(self.without_shortcut(), kind=kind, why=verdict.why)
 

@@ -67,6 +67,7 @@ EXCESS = 1.5  # times the confident mistakes that normal margins explain
 TAIL = 3.0  # times as many confident hard examples as normal margins explain are left out of the second test
 FEWEST = 5  # confident mistakes that must remain
 MOSTLY = 2 / 3  # of the systematic mistakes must be a minority's; hard examples among wrong labels look like one
+CONFIRMING = "a second look sides with the labels"  # in the ``why`` of a shortcut
 FEWEST_WRONG = 8  # of them, to say that the labels are wrong
 RIGHT_ANYWAY = 0.9  # of the mistakes: if an ordinary fit gets so many right, nothing misleads it
 MIN_SURPRISE = 0.2  # nats above 1: so many examples make less significant that it means nothing
@@ -116,6 +117,15 @@ class Verdict:
 
     def __repr__(self) -> str:
         return f"Verdict({self.kind}, confidence {self.confidence:.2f}: {self.why})"
+
+
+def is_confirmed(why: str) -> bool:
+    """Whether the :attr:`Verdict.why` of a shortcut says that the second opinion sides with the labels.
+
+    >>> is_confirmed("the probe is sure of its mistakes and a second look sides with the labels (20 mistakes)")
+    True
+    """
+    return CONFIRMING in why
 
 
 def _normal_cdf(x: float) -> float:
@@ -484,7 +494,7 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
     elif THRESHOLD <= z < BEYOND_DOUBT and minority < MOSTLY * systematic:
         kind, why, beyond = "undecided", "a second look sides with some labels, but most look wrong", 0.0
     elif z >= max(THRESHOLD, MIN_SURPRISE * math.sqrt(len(tested))):
-        kind, why = "shortcut", "the probe is sure of its mistakes and a second look sides with the labels"
+        kind, why = "shortcut", f"the probe is sure of its mistakes and {CONFIRMING}"
         beyond = z - THRESHOLD
     elif z >= THRESHOLD / 2 or z_of_all >= THRESHOLD or len(tested) < FEWEST_WRONG:
         kind, why, beyond = "undecided", "a second look does not say clearly what the mistakes are", 0.0

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from demem.groups import Groups
+from demem.groups import Groups, is_confirmed
 from demem.removal import RoundRecord
 from demem.report.facts import GroupFacts, ReportData, VerdictFacts
 
 CLEARLY_SURE, CLEARLY_UNSURE = 0.42, 0.28  # measured: shortcuts from .42, hard examples up to .28
 
-CONFIRMED = "a second look sides with the labels ("  # in the ``why`` of a verdict (demem.groups.judge) for a shortcut
 COSTLY = 2.0  # points of the average that a cure may cost unremarked
 LISTED = 4  # classes; the group sizes of more are summed
 
@@ -357,7 +356,7 @@ def summarise(
     kept = next((record for record in rounds if record.chosen), None)
     what = group_word(groups)
     if groups.informative:
-        sizes = f"{_sizes(groups)} ({what}s of the training examples)"
+        sizes = f"{_sizes(groups)} ({group_word(groups, 2)} of the training examples)"
     else:
         sizes = "the groups are the classes"
     balanced = rebalanced and groups.informative
@@ -406,7 +405,7 @@ def _sizes(groups: Groups) -> str:
 
 
 def _confirmed(verdict: VerdictFacts | Groups) -> bool:
-    return not verdict.why or CONFIRMED in verdict.why
+    return not verdict.why or is_confirmed(verdict.why)
 
 
 def _price(trained: RoundRecord, kept: RoundRecord) -> str:
