@@ -125,6 +125,15 @@ def test_what_an_ordinary_fit_gets_right_is_merely_hard():
     assert judge(made.early, made.deep, made.y, plain=made.early).kind == "shortcut"
 
 
+def test_labels_are_not_called_wrong_by_an_ordinary_fit_that_cannot_read_what_the_probe_reads():
+    made = Made(noise=0.05)
+    g = torch.Generator().manual_seed(1)
+    for misread, kind in ((0.04, "label noise"), (0.06, "undecided")):  # of all examples; 5% of the labels are wrong
+        read = torch.where(torch.rand(4000, generator=g) < misread, 1 - made.true, made.true)
+        plain = torch.nn.functional.one_hot(read, 2).float()
+        assert judge(made.early, made.deep, made.y, plain=plain).kind == kind
+
+
 def test_hardly_any_mistakes():
     assert Made(hard=0.005).judge().kind == "nothing"
 

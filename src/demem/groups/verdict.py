@@ -429,7 +429,8 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
         y: ``(S,)`` class indices.
         plain: ``(S, C)`` scores of the same predictor without the groups' weights (:func:`second_opinion` with
             ``attribute=y``).  Where it gets nine in ten of the probe's mistakes right, a network will, too: nothing
-            misleads it, and these are hard examples.
+            misleads it, and these are hard examples.  Where it names another class than the probe more often than the
+            labels do, it cannot read what the probe reads, and labels are not called wrong on its word.
         quantile: see :func:`confident_answers`.
 
     Raises:
@@ -482,6 +483,9 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
     figures = f"{count} confident mistakes, {explained:.0f} if all were hard; z = {z:.1f} for their labels"
     kind: Kind
     anyway = 0.0 if plain is None else float((plain.argmax(1) == y)[mistake].float().mean())  # NaN without mistakes
+    # Wrong labels leave a class that the probe and an ordinary fit read alike; their answers then differ less often
+    # than the probe's do from the labels.
+    blind = plain is not None and float((plain.argmax(1) != early.argmax(1)).float().mean()) > error
     if anyway >= RIGHT_ANYWAY:
         kind, why, beyond = "nothing", "an ordinary fit gets right what the probe gets wrong", 0.0
     elif error < FEW_MISTAKES and above < THRESHOLD:
@@ -498,6 +502,8 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
         beyond = z - THRESHOLD
     elif z >= THRESHOLD / 2 or z_of_all >= THRESHOLD or len(tested) < FEWEST_WRONG:
         kind, why, beyond = "undecided", "a second look does not say clearly what the mistakes are", 0.0
+    elif blind:
+        kind, why, beyond = "undecided", "a second look cannot read what the probe reads", 0.0
     else:
         kind, why = "label noise", "the probe is sure of its mistakes and a second look agrees with it"
         beyond = THRESHOLD - z
