@@ -3,6 +3,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from demem.linear import balanced_weights, crossfit_logits, draw_evenly, fit_balanced, fit_linear, folds
+from demem.logistic import fit_two_classes
 
 
 def _problem(n=200, d=6, classes=3, seed=0):
@@ -76,6 +77,7 @@ def test_folds_split_groups_evenly():
 
 
 def test_fit_balanced_is_the_mean_of_heads_on_balanced_subsets(monkeypatch):
+    monkeypatch.setattr("demem.linear.MOST", 0)  # one by one
     x, y = _problem(120, classes=2)
     group = 2 * y + (torch.arange(120) % 4 == 0)
     counts, heads = [], []
@@ -95,6 +97,45 @@ def test_fit_balanced_is_the_mean_of_heads_on_balanced_subsets(monkeypatch):
     counts.clear()
     fit_balanced(x, y, group, subsets=1, smallest=1000)
     assert counts == [torch.bincount(group).tolist()]  # a group that has fewer gives all
+
+
+@pytest.mark.parametrize("at_once", [1, 2**24])
+def test_small_subsets_of_two_classes_give_the_same_head_together_and_one_by_one(monkeypatch, at_once):
+    x, y = _problem(160, d=30, classes=2)
+    x[:, 3] = 7.0  # does not vary
+    gate = (torch.arange(30) != 5).float()
+    group, weights = 2 * y + (torch.arange(160) % 4 == 0), 1 + 9.0 * (torch.arange(160) % 4 == 0)
+    monkeypatch.setattr("demem.linear.AT_ONCE", at_once)
+    together = fit_balanced(x, y, group, subsets=5, weights=weights, gate=gate)
+    monkeypatch.setattr("demem.linear.MOST", 0)
+    singly = fit_balanced(x, y, group, subsets=5, weights=weights, gate=gate)
+    assert torch.allclose(together(x), singly(x), atol=5e-3)
+    assert not bool(together.weight[:, [3, 5]].any())
+
+
+@pytest.mark.parametrize("size", [6, 40, 200])  # fewer and more examples than features
+def test_two_classes_equal_scikit_learn_set_by_set(size):
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(3, size, 20, generator=generator) * torch.arange(1, 21)
+    y = (x[..., 0] + torch.randn(3, size, generator=generator) > 0).long()
+    y[:, :2] = torch.tensor([0, 1])
+    share = torch.rand(3, size, generator=generator)
+    share[:, 3] = 0  # an example that does not count
+    share /= share.sum(1, keepdim=True)
+    weight, bias = fit_two_classes(x, y, share, 1e-3)
+    for i in range(3):
+        z = ((x[i] - x[i].mean(0)) / x[i].std(0, correction=0)).double().numpy()
+        reference = LogisticRegression(C=2 / (1e-3 * 20), tol=1e-10, max_iter=50_000)
+        reference.fit(z, y[i].numpy(), sample_weight=share[i].numpy())
+        found = (x[i] @ weight[i].T + bias[i]).diff(dim=1)[:, 0]
+        assert torch.allclose(found.double(), torch.from_numpy(reference.decision_function(z)), atol=2e-3)
+
+
+def test_two_classes_of_which_one_is_absent_stay_finite():
+    x, share = torch.randn(1, 9, 4), torch.full((1, 9), 1 / 9)
+    weight, bias = fit_two_classes(x, torch.zeros(1, 9, dtype=torch.long), share, 1e-3)
+    assert bool(((x @ weight[0].T + bias).argmax(2) == 0).all())
+    assert bool(weight.isfinite().all() & bias.isfinite().all())
 
 
 def test_fit_balanced_does_not_lean_against_a_small_group():

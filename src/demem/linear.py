@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from demem.logistic import MOST, fit_two_classes
 from demem.sites import check_finite
 
+AT_ONCE = 2**24  # numbers that the features of subsets that are fitted together hold
 MANY_CLASSES = 10  # with more, the fit of a head starts from the classes' frequencies, and its bias is rescaled
 
 
@@ -72,16 +74,9 @@ def fit_linear(
         >>> head.weight[:, 1]  # this feature does not vary
         tensor([0., 0.])
     """
-    if features.ndim != 2 or y.shape != features.shape[:1] or len(y) == 0:
-        raise ValueError(f"Expected features (S, N) and labels (S,), got {tuple(features.shape)} and {tuple(y.shape)}.")
-    classes = int(y.max()) + 1 if num_classes is None else num_classes
-    if int(y.max()) >= classes:
-        raise ValueError(f"Label {int(y.max())} is out of range for {classes} classes.")
+    classes = _check(features, y, num_classes)
     features = check_finite(features.detach().float(), "the features to fit a head on")
-    share = torch.ones(len(y), device=features.device) if weights is None else weights.float()
-    if share.shape != y.shape or bool((share < 0).any()) or not float(share.sum()) > 0:
-        raise ValueError("`weights` must be one non-negative number per example, not all zero.")
-    share = share / share.sum()
+    share = _shares(torch.ones(len(y), device=features.device) if weights is None else weights.float(), y)
 
     std, mean = torch.std_mean(features, dim=0, correction=0)
     varies = std > 1e-6 * std.max().clamp_min(1e-12)
@@ -122,6 +117,24 @@ def fit_linear(
     weight = torch.zeros(classes, features.shape[1], device=x.device)
     weight[:, varies] = head[:, :-1] / std
     return LinearHead(weight, bias - weight[:, varies] @ mean)
+
+
+def _check(features: Tensor, y: Tensor, num_classes: int | None) -> int:
+    """The number of classes, if shapes and labels fit."""
+    if features.ndim != 2 or y.shape != features.shape[:1] or len(y) == 0:
+        raise ValueError(f"Expected features (S, N) and labels (S,), got {tuple(features.shape)} and {tuple(y.shape)}.")
+    classes = int(y.max()) + 1 if num_classes is None else num_classes
+    if int(y.max()) >= classes:
+        raise ValueError(f"Label {int(y.max())} is out of range for {classes} classes.")
+    return classes
+
+
+def _shares(weights: Tensor, y: Tensor) -> Tensor:
+    """Weights ``(..., S)``, scaled so that those of each set sum to 1."""
+    total = weights.sum(-1, keepdim=True)
+    if weights.shape != y.shape or bool((weights < 0).any()) or not bool((total > 0).all()):
+        raise ValueError("`weights` must be one non-negative number per example, not all zero.")
+    return weights / total
 
 
 def balanced_weights(key: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -228,6 +241,9 @@ def fit_balanced(
     A fit with weights instead overfits the few examples of a small group, and the head then fails on new examples of
     it; in a subset no group is easier to fit than the others.
 
+    Small subsets of two classes are fitted together (:func:`demem.logistic.fit_two_classes`), others one by one by
+    :func:`fit_linear`.
+
     Args:
         features, y, l2, num_classes: see :func:`fit_linear`.
         group: ``(S,)`` indices from 0, true or inferred.
@@ -256,15 +272,22 @@ def fit_balanced(
         >>> [round(float(r[spurious != y].float().mean()), 2) for r in right]  # where the spurious feature fails
         [0.6, 0.85]
     """
-    classes = int(y.max()) + 1 if num_classes is None else num_classes
+    classes = _check(features, y, num_classes)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(len(y), device=y.device) if used is None else used.nonzero()[:, 0]
-    heads = []
-    for _ in range(subsets):
-        chosen = rows[balanced_subset(group[rows], generator, smallest, most)]
-        share = None if weights is None else weights[chosen]
-        some = features[chosen] if gate is None else features[chosen] * gate
-        heads.append(fit_linear(some, y[chosen], share, l2, classes))
+    drawn = torch.stack([rows[balanced_subset(group[rows], generator, smallest, most)] for _ in range(subsets)])
+    weights = torch.ones(len(y), device=features.device) if weights is None else weights.float()
+    together = classes == 2 and drawn.shape[1] <= MOST
+    heads: list[LinearHead] = []
+    at_once = max(1, AT_ONCE // (drawn.shape[1] * features.shape[1])) if together else 1
+    for chosen in torch.split(drawn, at_once):
+        x = features[chosen] if gate is None else features[chosen] * gate
+        if together:
+            x = check_finite(x.detach().float(), "the features to fit a head on")
+            fitted = fit_two_classes(x, y[chosen], _shares(weights[chosen], y[chosen]), l2)
+            heads += map(LinearHead, *fitted)
+        else:
+            heads.append(fit_linear(x[0], y[chosen[0]], weights[chosen[0]], l2, classes))
     return average_heads(heads)
 
 
