@@ -65,6 +65,12 @@ def test_state_and_repr():
     assert "no shortcut" in repr(_groups(shortcut=False))
 
 
+def test_repr_counts_the_atypical_examples():
+    y = torch.tensor([0, 0, 0, 1, 1, 1])
+    groups = Groups(torch.tensor([0, 0, 1, 3, 3, 2]), torch.tensor([0, 2]), y, y[[0, 3]], 2, "layer", 0.1, 0.9, True)
+    assert "atypical: 2 of 6 training and 1 of 2 held-out examples" in repr(groups)
+
+
 def test_typical_groups_are_the_largest_of_their_class():
     y = torch.tensor([0, 0, 0, 1, 1, 1, 3])
     index = torch.tensor([0, 0, 1, 2, 3, 3, 6])

@@ -209,7 +209,8 @@ class MemorizationRemover(Callback):
     def summary(self) -> str:
         """What was found, done and gained, in five lines."""
         path = None if self.reporter.path is None else str(self.reporter.path)
-        return summarise(self.groups, self.rounds, self.fine_tuned_on, self.rebalance, path)
+        names = None if self.reporter.options is None else self.reporter.options.class_names
+        return summarise(self.groups, self.rounds, self.fine_tuned_on, self.rebalance, path, names)
 
     def __repr__(self) -> str:
         kept = next((record for record in self.rounds if record.chosen), None)

@@ -55,11 +55,12 @@ class Groups:
 
     def __repr__(self) -> str:
         what = "known groups" if self.known else "a shortcut" if self.shortcut else f"no shortcut, {self.kind}"
-        held_out = torch.bincount(self.held_out, minlength=len(self.sizes)).tolist()
+        train = int((self.index != self.typical[self.y]).sum())
+        held_out = int((self.held_out != self.typical[self.held_out_y]).sum())
         return (
             f"Groups({what}; probe of {self.site!r} after {self.epoch} epochs: error {self.error:.2f}, "
-            f"{self.sure:.2f} of its mistakes confident; examples per group (class · {self.num_classes} + attribute): "
-            f"training {self.sizes}, held out {held_out})"
+            f"{self.sure:.2f} of its mistakes confident; atypical: {train} of {len(self.y)} training and {held_out} of "
+            f"{len(self.held_out)} held-out examples)"
         )
 
     @property

@@ -331,7 +331,12 @@ SCORES = {
 
 
 def summarise(
-    groups: Groups | None, rounds: list[RoundRecord], fine_tuned_on: int, rebalanced: bool, report: str | None = None
+    groups: Groups | None,
+    rounds: list[RoundRecord],
+    fine_tuned_on: int,
+    rebalanced: bool,
+    report: str | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> str:
     """Say in five lines what was found, done and gained.
 
@@ -341,6 +346,7 @@ def summarise(
         fine_tuned_on: held-out examples.
         rebalanced: training draws the inferred groups equally often where they say more than the classes.
         report: where the report is.
+        class_names: one per class; ``class 0`` and so on without them.
 
     Example:
         >>> print(summarise(None, [], 0, True))
@@ -356,7 +362,7 @@ def summarise(
     kept = next((record for record in rounds if record.chosen), None)
     what = group_word(groups)
     if groups.informative:
-        sizes = f"{_sizes(groups)} ({group_word(groups, 2)} of the training examples)"
+        sizes = f"{_sizes(groups, class_names)} ({group_word(groups, 2)} of the training examples)"
     else:
         sizes = "the groups are the classes"
     balanced = rebalanced and groups.informative
@@ -392,13 +398,16 @@ def _in_words(why: str) -> str:
     return why.partition(" (")[0]
 
 
-def _sizes(groups: Groups) -> str:
+def _sizes(groups: Groups, names: Sequence[str] | None) -> str:
     """How many training examples are typical of their class and how many are not: of each class, or of all."""
     typical = groups.index == groups.typical[groups.y]
     if groups.num_classes > LISTED:
         of = [(f"{groups.num_classes} classes", torch.ones_like(typical))]
     else:
-        of = [(f"class {c}", groups.y == c) for c in range(groups.num_classes)]
+        names = (
+            names if names and len(names) == groups.num_classes else [f"class {c}" for c in range(groups.num_classes)]
+        )
+        of = [(name, groups.y == c) for c, name in enumerate(names)]
     return ", ".join(
         f"{name}: {int(typical[y].sum())} typical and {int((~typical)[y].sum())} atypical" for name, y in of
     )
