@@ -260,6 +260,7 @@ def test_five_lines_say_what_happened(run):
     lines = remover.summary().splitlines()
     assert len(lines) == 5
     assert all(line.startswith("demem: ") for line in lines)
+    assert f"{(remover.reporter.options.class_names or ['class 0'])[0]}: " in lines[1]
     kept = next(r for r in remover.rounds if r.chosen)
     assert f"{remover.rounds[0].worst:.1%} → {kept.worst:.1%}" in lines[3]
     assert f"average {remover.rounds[0].average:.1%} → {kept.average:.1%} on held-out data (cross-fitted" in lines[3]
