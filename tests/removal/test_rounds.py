@@ -276,8 +276,8 @@ REASONS = [
 def test_a_choice_says_why(options, cells, kept, words):
     right, than, y, atypical = _cells(*cells)
     rounds = _rounds((0.7, 0.6, 0.6))[0][:2]
-    rounds = [replace(rounds[0], right=than), replace(rounds[1], right=right)]
     held_out, typical = Examples(torch.zeros(len(y), 40), y, 2 * y + atypical), torch.tensor([0, 2])
+    rounds = [replace(r, right=n, group=held_out.group) for r, n in zip(rounds, (than, right), strict=True)]
     assert choose_round(rounds, held_out, typical, **options) == kept
     assert words in explain_round(kept, rounds, held_out, typical, **options)
     assert explain_round(1 - kept, rounds, held_out, typical, **options) == ""  # somebody else's choice
@@ -285,9 +285,72 @@ def test_a_choice_says_why(options, cells, kept, words):
 
 def test_a_choice_with_few_atypical_examples_says_so():
     _, than, y, atypical = _cells((1, 1), (1, 1), (1, 1), (1, 1), sizes=(40, 1, 40, 1))
-    rounds = [replace(r, right=than) for r in _rounds((0.7, 0.6, 0.6))[0][:2]]
     held_out = Examples(torch.zeros(len(y), 40), y, 2 * y + atypical)
+    rounds = [replace(r, right=than, group=held_out.group) for r in _rounds((0.7, 0.6, 0.6))[0][:2]]
     assert "too few atypical examples to go by" in explain_round(0, rounds, held_out, torch.tensor([0, 2]))
+
+
+def test_what_a_refit_gives_is_judged_by_the_purer_groups():
+    # 40 examples of each class are inferred as atypical: a refit gains the ten that are, and costs the hard ones.
+    right, than, y, inferred = _cells((1, 0.9), (0.6, 0.55), (1, 0.9), (0.6, 0.55), sizes=(200, 40, 200, 40))
+    place = torch.arange(len(y)) % 240 - 200
+    purer = inferred & (place < 10)
+    than = torch.where(inferred, place >= 10, than)
+    right = torch.where(inferred, (place < 8) | (place >= 34), right)
+    held_out, typical = Examples(torch.zeros(len(y), 40), y, 2 * y + inferred), torch.tensor([0, 2])
+    assert not worth_its_cost(right, than, y, inferred)
+    assert worth_its_cost(right, than, y, inferred, purer)
+    for group, kept in ((held_out.group, 0), (2 * y + purer, 1)):
+        rounds = [replace(r, group=group) for r in _rounds((0.7, 0.6, 0.6))[0][:2]]
+        rounds = [replace(r, right=n) for r, n in zip(rounds, (than, right), strict=True)]
+        assert choose_round(rounds, held_out, typical, doubtful=True) == kept
+        assert choose_round(rounds, held_out, typical) == kept  # clearly worse by the groups as they were inferred
+
+
+def test_a_minority_that_does_not_hold_together_is_no_reason_to_lose_typical_examples():
+    right, than, y, inferred = _cells((1, 0.8), (0.5, 1), (1, 0.8), (0.5, 1), sizes=(200, 20, 200, 20))
+    held_out, typical = Examples(torch.zeros(len(y), 40), y, 2 * y + inferred), torch.tensor([0, 2])
+    few = inferred & (torch.arange(len(y)) % 220 < 202)  # two of each class are like each other
+    for group, kept in ((held_out.group, 1), (2 * y + few, 0)):
+        rounds = [replace(r, group=group) for r in _rounds((0.7, 0.6, 0.6))[0][:2]]
+        rounds = [replace(r, right=n) for r, n in zip(rounds, (than, right), strict=True)]
+        assert choose_round(rounds, held_out, typical) == kept
+
+
+def test_rounds_of_impure_groups_are_judged_by_purer_ones():
+    train, held_out, typical = _impure(0, 2000), _impure(1), torch.tensor([0, 3])
+    trained = LinearHead(torch.cat([torch.zeros(2, 20), torch.tensor([[-1.0], [1]]).expand(2, 20)], 1), torch.zeros(2))
+    rounds = remove_in_rounds(train, held_out, trained, num_classes=2, shares=(0.5,), typical=typical, join=True)
+    purer = purify(held_out, train, typical).group
+    assert not torch.equal(purer, held_out.group)
+    assert all(torch.equal(r.group, purer) for r in rounds)
+    assert all(r.worst == min(float(r.right[purer == g].float().mean()) for g in range(4)) for r in rounds)
+    plain = remove_in_rounds(train, held_out, trained, num_classes=2, shares=(), typical=typical)
+    assert all(torch.equal(r.group, held_out.group) for r in plain)
+
+
+def test_the_weight_is_the_one_that_is_best_on_average_over_the_groups(monkeypatch):
+    """A head that guesses is right on half of every group."""
+    train, held_out = _impure(0), _impure(1)
+    accuracies = {1.0: (1.0, 0.4), 3.0: (0.5, 0.5)}
+
+    def judge(share, weight, gate, score, examples, group, sources, l2, num_classes, plan):
+        heavy = sources[0].weight
+        usual = group % 3 == 0
+        place = torch.zeros_like(group)
+        for part in (usual, ~usual):
+            place[part] = torch.arange(int(part.sum()))
+        size = torch.where(usual, usual.sum(), (~usual).sum())
+        right = place < torch.where(usual, *(torch.tensor(a) for a in accuracies[heavy])) * size
+        worst = min(float(right[group == g].float().mean()) for g in range(4))
+        return replace(as_trained(examples, _head(examples)), weight=heavy, share=share, right=right, worst=worst)
+
+    monkeypatch.setattr("demem.removal.rounds._judge", judge)
+    rounds = remove_in_rounds(
+        train, held_out, _head(train), num_classes=2, shares=(0.5,), weights=(1, 3), typical=torch.tensor([0, 3])
+    )
+    assert rounds[2].worst > rounds[1].worst
+    assert rounds[3].weight == 1
 
 
 def test_bad_input_is_refused():
@@ -389,7 +452,8 @@ def test_training_examples_take_no_part_where_they_cost_the_worst_group():
     typical = torch.tensor([0, 2])
     args = {"num_classes": 2, "shares": (), "typical": typical}
     alone, joined = (remove_in_rounds(misleading, held_out, _head(train), **args, join=j) for j in (False, True))
-    assert [r.worst for r in alone] == [r.worst for r in joined]
+    assert len(alone) == len(joined) == 5
+    assert all(torch.equal(a.right, b.right) for a, b in zip(alone, joined, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ class Round:
         gate: ``(N,)``, 0 for a masked unit and 1 for a kept one.
         score: ``(N,)`` memorization score of every unit, measured before this round's mask; zeros in round 0.
         right: ``(S,)`` whether a head that was fitted without it classifies each held-out example rightly.
-        worst: their accuracy on the worst (true or inferred) group.
+        group: ``(S,)`` the (true or inferred) groups that it is judged by; with ``join`` purer ones (:func:`purify`).
+        worst: accuracy on the worst of them.
         standard_error: of ``worst``.
         refit: gives the round's head.
         fold_heads: those that ``right`` comes from; none of the network as trained.
@@ -85,6 +86,7 @@ class Round:
     gate: Tensor
     score: Tensor
     right: Tensor
+    group: Tensor
     worst: float
     standard_error: float
     refit: Callable[[], LinearHead]
@@ -99,6 +101,12 @@ class Round:
         """What to keep of the round."""
         average = float(self.right.float().mean())
         return RoundRecord(refitted, self.share, self.worst, chosen, self.weight, average, why)
+
+    @property
+    def balanced(self) -> float:
+        """Mean of the accuracies on the groups: less a matter of chance than that on the worst of them."""
+        accuracies = [float(right.mean()) for right in _judged(self.right.float(), self.group)]
+        return sum(accuracies) / len(accuracies)
 
     @cached_property
     def head(self) -> LinearHead:
@@ -129,15 +137,17 @@ def remove_in_rounds(
 
     The first rounds refit the head with nothing masked, and atypical held-out examples weigh more from round to round:
     inferred groups are not pure, so that those that are drawn in equal numbers may still hold more typical examples.
-    Of the weights the one with the best cross-fitted accuracy on the worst group stays, the smallest of equals.  Where
-    a class has fewer than 10 atypical examples there is one weight.
+    Of the weights the one with the best cross-fitted accuracy on the mean of the groups stays, the smallest of equals:
+    on the worst group a head that guesses is often the best.  Where a class has fewer than 10 atypical examples there
+    is one weight.
 
-    With ``join``, and where a class has fewer atypical examples held out than traced in training, the head is the mean
-    of this one and another that is fitted on the training examples as well, in which atypical examples weigh 10 and
-    the groups of both are purer (:func:`purify`).  Where a class has fewer than 10 atypical ones held out, it is the
-    latter alone.  A weight of 3 follows, and then no training examples, where the cross-fitted accuracy on the
-    worst group falls by more than a standard error.  The first head's weight is chosen without training examples, which
-    the network has fitted.
+    With ``join`` all rounds are judged by purer groups of the held-out examples (:func:`purify`), as hard ones among
+    the inferred minority hide what a refit gives the others.  Where a class has fewer atypical examples held out than
+    traced in training, the head is then the mean of this one and another that is fitted on the training examples as
+    well, in which atypical examples weigh 10 or 3, whichever is better on the mean of the groups, and the groups of
+    both are purer.  Where a class has fewer than 10 atypical ones held out, it is the latter alone; and it is fitted
+    without training examples where that is clearly better for the groups as inferred (:func:`clearly_better`).  The first head's weight is chosen
+    without training examples, which the network has fitted.
 
     Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
     the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
@@ -187,8 +197,8 @@ def remove_in_rounds(
             f"The held-out examples have none of class {missing}. Units cannot be traced for a class that is not "
             "there: use a validation set with every class."
         )
-    rounds = [as_trained(held_out, trained)]
-    gate, score, width = rounds[0].gate, rounds[0].score, len(rounds[0].gate)
+    width = held_out.features.shape[1]
+    gate, score = held_out.features.new_ones(width), held_out.features.new_zeros(width)
     atypical = None if typical is None else held_out.atypical(typical)
     fewest = 0 if typical is None else held_out.fewest_atypical(typical)
     heavier = weights if fewest >= FEWEST_WEIGHED else weights[:1]
@@ -202,25 +212,23 @@ def remove_in_rounds(
             stacklevel=2,
         )
         shares = plan.shares
-    joint: list[_Source] = []
-
-    def judge(share: float, weight: float) -> Round:
-        own = [] if joint and fewest < FEWEST_WEIGHED else [_Source(held_out, atypical, weight)]
-        return _judge(share, weight, gate, score, held_out, [*own, *joint], l2, num_classes, plan)
-
-    tried = [judge(0.0, float(w)) for w in heavier]
-    best = max(tried, key=lambda round_: round_.worst)  # the first, and smallest, of equals
     affordable = plan.kept == KEPT
+    purer = purify(held_out, train, typical, l2) if join and affordable and typical is not None else held_out
+    rounds, joint = [as_trained(purer, trained)], list[_Source]()
+
+    def judge(share: float, weight: float, joint: list[_Source]) -> Round:
+        own = [] if joint and fewest < FEWEST_WEIGHED else [_Source(held_out, atypical, weight)]
+        return _judge(share, weight, gate, score, held_out, purer.group, [*own, *joint], l2, num_classes, plan)
+
+    tried = [judge(0.0, float(w), joint) for w in heavier]
+    best = max(tried, key=lambda round_: round_.balanced)  # the first, and smallest, of equals
     if join and affordable and typical is not None and fewest < train.fewest_atypical(typical):
-        purer = purify(held_out, train, typical, l2)
         both = purer.joined(purify(train, purer, typical, l2))
-        for more in JOINT_WEIGHTS:
-            joint = [_Source(both, both.atypical(typical), more)]
-            joined = judge(0.0, best.weight)
-            if joined.worst >= best.worst - best.standard_error:
-                tried = [joined]
-                break
-            joint = []
+        sources = [[_Source(both, both.atypical(typical), more)] for more in JOINT_WEIGHTS]
+        joined = [judge(0.0, best.weight, source) for source in sources]
+        most = max(range(len(joined)), key=lambda i: joined[i].balanced)
+        if not clearly_better(best.right, joined[most].right, held_out.group):
+            tried, joint = [joined[most]], sources[most]
     rounds += tried
     weight = best.weight
     if not shares:
@@ -238,7 +246,7 @@ def remove_in_rounds(
         gate = torch.ones_like(gate)
         gate[order[: round(share * width)]] = 0
         traced = fit_linear(train.features * gate, train.y, even, l2, num_classes)
-        rounds.append(judge(share, weight))
+        rounds.append(judge(share, weight, joint))
     return rounds
 
 
@@ -255,8 +263,8 @@ def as_trained(held_out: Examples, trained: LinearHead) -> Round:
         1.0
     """
     gate = torch.ones(held_out.features.shape[1], device=held_out.features.device)
-    right = trained(held_out.features).argmax(1) == held_out.y
-    return Round(0.0, 1.0, gate, torch.zeros_like(gate), right, *_worst(right, held_out.group), lambda: trained)
+    right, group = trained(held_out.features).argmax(1) == held_out.y, held_out.group
+    return Round(0.0, 1.0, gate, torch.zeros_like(gate), right, group, *_worst(right, group), lambda: trained)
 
 
 def masked_units(rounds: Sequence[Round], chosen: int) -> list[tuple[int, float]]:
@@ -326,7 +334,7 @@ def _improvement(right: Tensor, than: Tensor, cell: Tensor) -> float:
     return mean / error
 
 
-def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> bool:
+def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor, purer: Tensor | None = None) -> bool:
     """Whether a refit helps inferred atypical examples by more than it costs the typical ones, as far as can be seen.
 
     Where no shortcut misleads the network, the inferred atypical examples are hard ones or have wrong labels.  A head
@@ -341,7 +349,9 @@ def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> 
         right: ``(S,)`` bool, whether the refitted head is right on each example.
         than: the same of the network as trained.
         y: ``(S,)`` class indices.
-        atypical: bool ``(S,)``.
+        atypical: bool ``(S,)``, as inferred.
+        purer: bool ``(S,)``, those of them that count as atypical where the mean is taken (:func:`purify`): hard
+            examples among the others get worse by any refit.  Default all.
 
     Example: one atypical example in two is gained, and one typical example in a hundred lost.
 
@@ -351,12 +361,12 @@ def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> 
         >>> worth_its_cost(right, than, y, atypical), worth_its_cost(than, right, y, atypical)
         (True, False)
     """
-    return _weigh(right, than, y, atypical)[0]
+    return _weigh(right, than, y, atypical, atypical if purer is None else purer)[0]
 
 
-def _weigh(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> tuple[bool, str]:
+def _weigh(right: Tensor, than: Tensor, y: Tensor, inferred: Tensor, atypical: Tensor) -> tuple[bool, str]:
     """:func:`worth_its_cost`, and why."""
-    if max(torch.bincount(y[atypical]).tolist(), default=0) < FEWEST_JUDGED:
+    if max(torch.bincount(y[inferred]).tolist(), default=0) < FEWEST_JUDGED:
         return True, "too few atypical examples are held out to weigh its cost"
     improvement = _improvement(right, than, 2 * y + atypical)
     typical = [((than & ~right).float() - (right & ~than).float())[~atypical & (y == c)] for c, _ in members_of(y)]
@@ -367,7 +377,7 @@ def _weigh(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> tuple[bo
         return True, GAINS_MORE
     if improvement <= -LIKELY:
         return False, COSTS_MORE
-    if float(than[atypical].float().mean()) < MISLED:
+    if float(than[inferred].float().mean()) < MISLED:
         return True, "the network as trained gets most of the atypical examples wrong"
     return False, "a refit would cost typical examples, and hardly gain more than that"
 
@@ -454,11 +464,13 @@ def _decide(
     sizes = sizes[sizes > 0].float()
     scattered = len(sizes) > len(typical) and float(sizes.quantile(0.5)) < FEWEST_JUDGED
     fewest = held_out.fewest_atypical(typical)
-    new, old, cell = rounds[refit].right, rounds[0].right, 2 * held_out.y + atypical
+    new, old = rounds[refit].right, rounds[0].right
+    purer = held_out._replace(group=rounds[0].group).atypical(typical)
+    cell = 2 * held_out.y + purer
     known_enough = max(fewest, rounds[refit].fitted_atypical) >= FEWEST_ATYPICAL
     if groups_known and known_enough and not scattered:
         if doubtful:
-            worth, why = _weigh(new, old, held_out.y, atypical)
+            worth, why = _weigh(new, old, held_out.y, atypical, purer)
             return (refit if worth else 0), why
         if fewest >= FEWEST_JUDGED and clearly_better(old, new, cell):
             return 0, COSTS_MORE
@@ -534,6 +546,7 @@ def _judge(
     gate: Tensor,
     score: Tensor,
     held_out: Examples,
+    judged_by: Tensor,
     sources: Sequence[_Source],
     l2: float,
     num_classes: int,
@@ -554,4 +567,4 @@ def _judge(
     right = crossfit(features, y, judged, num_classes, FOLDS, group=group).argmax(1) == y
     refit = partial(fit, plan.kept, torch.ones_like(y, dtype=torch.bool))
     fitted = max(source.fewest_atypical(num_classes) for source in sources)
-    return Round(share, weight, gate, score, right, *_worst(right, group), refit, heads, fitted)
+    return Round(share, weight, gate, score, right, judged_by, *_worst(right, judged_by), refit, heads, fitted)
