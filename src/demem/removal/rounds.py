@@ -145,9 +145,9 @@ def remove_in_rounds(
     the inferred minority hide what a refit gives the others.  Where a class has fewer atypical examples held out than
     traced in training, the head is then the mean of this one and another that is fitted on the training examples as
     well, in which atypical examples weigh 10 or 3, whichever is better on the mean of the groups, and the groups of
-    both are purer.  Where a class has fewer than 10 atypical ones held out, it is the latter alone; and it is fitted
-    without training examples where that is clearly better for the groups as inferred (:func:`clearly_better`).  The first head's weight is chosen
-    without training examples, which the network has fitted.
+    both are purer.  Where a class has fewer than 10 atypical ones held out, it is the latter alone.  It is the former
+    where that is clearly better (:func:`clearly_better`) for the groups as they were inferred.  The first head's weight
+    is chosen without training examples, which the network has fitted.
 
     Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
     the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
