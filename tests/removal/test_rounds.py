@@ -259,7 +259,12 @@ def test_only_a_doubtful_shortcut_must_be_worth_the_cost():
 
 
 REASONS = [
-    ({"doubtful": True}, ((1, 0.9), (0.2, 0.7), (1, 0.9), (0.3, 0.8)), 1, "gains the atypical examples more"),
+    (
+        {"doubtful": True},
+        ((1, 0.9), (0.2, 0.7), (1, 0.9), (0.3, 0.8)),
+        1,
+        "gains the atypical examples that are alike more",
+    ),
     ({"doubtful": True}, ((1, 0.7), (0.0, 0.2), (1, 0.7), (0.0, 0.2)), 0, "would cost the typical examples more"),
     ({"doubtful": True}, ((1, 0.99), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), 1, "costs the typical examples hardly"),
     ({"doubtful": True}, ((1, 0.97), (0.9, 0.9), (1, 0.99), (0.9, 0.95)), 0, "hardly gain more than that"),
@@ -325,6 +330,9 @@ def test_rounds_of_impure_groups_are_judged_by_purer_ones():
     assert not torch.equal(purer, held_out.group)
     assert all(torch.equal(r.group, purer) for r in rounds)
     assert all(r.worst == min(float(r.right[purer == g].float().mean()) for g in range(4)) for r in rounds)
+    record = rounds[1].record(held_out.group, chosen=True, refitted=True)  # what is told compares with other epochs
+    assert record.worst == min(float(rounds[1].right[held_out.group == g].float().mean()) for g in range(4))
+    assert record.worst != rounds[1].worst
     plain = remove_in_rounds(train, held_out, trained, num_classes=2, shares=(), typical=typical)
     assert all(torch.equal(r.group, held_out.group) for r in plain)
 

@@ -31,7 +31,7 @@ ONE_SIDED = 1.645  # standard errors: 5%
 LIKELY = 0.5  # standard errors: the odds are two to one
 AFFORDABLE = 0.02  # of a class's typical examples may go wrong for a refit whose gain is uncertain
 MISLED = 0.5  # accuracy on atypical examples; below it the network follows something else than the class
-GAINS_MORE = "it gains the atypical examples more than it costs the typical ones"
+GAINS_MORE = "it gains the atypical examples that are alike more than it costs the others"
 COSTS_MORE = "a refit would cost the typical examples more than it gains the atypical ones"
 
 
@@ -97,10 +97,17 @@ class Round:
         what = f"{self.share:.0%} of the head's inputs masked, atypical examples weighing {self.weight:g}"
         return f"Round({what}: worst group {self.worst:.3f})"
 
-    def record(self, chosen: bool, refitted: bool, why: str = "") -> RoundRecord:
-        """What to keep of the round."""
-        average = float(self.right.float().mean())
-        return RoundRecord(refitted, self.share, self.worst, chosen, self.weight, average, why)
+    def record(self, group: Tensor, chosen: bool, refitted: bool, why: str = "") -> RoundRecord:
+        """What to keep of the round.
+
+        Args:
+            group: ``(S,)`` the groups as they were inferred (or given), by which the rounds of all epochs compare.
+            chosen: whether the round is kept.
+            refitted: whether the head is another than the network's own.
+            why: the round is kept.
+        """
+        average, worst = float(self.right.float().mean()), _worst(self.right, group)[0]
+        return RoundRecord(refitted, self.share, worst, chosen, self.weight, average, why)
 
     @property
     def balanced(self) -> float:

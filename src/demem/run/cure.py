@@ -86,7 +86,7 @@ def remove_and_refit(
     chosen = _choice(data, choose, rounds, held_out, groups)
     known, doubtful = groups.informative, groups.doubtful
     why = explain_round(chosen, rounds, held_out, groups.typical, groups_known=known, doubtful=doubtful)
-    records = [round_.record(chosen=i == chosen, refitted=i > 0) for i, round_ in enumerate(rounds)]
+    records = [round_.record(held_out.group, i == chosen, refitted=i > 0) for i, round_ in enumerate(rounds)]
     records[chosen] = replace(records[chosen], why=why or "choose() says so")
     records = broadcast(records)
     if chosen == 0:
@@ -118,7 +118,7 @@ def refit_for_now(
     broadcast, trained = data.trainer.strategy.broadcast, read_head(data.head)
     held_out, _ = _read_held_out(data, groups, "refitting")
     if not groups.informative:
-        return None, broadcast(as_trained(held_out, trained).record(chosen=True, refitted=False))
+        return None, broadcast(as_trained(held_out, trained).record(held_out.group, True, refitted=False))
     rounds = remove_in_rounds(
         held_out,
         held_out,
@@ -129,7 +129,7 @@ def refit_for_now(
         typical=groups.typical,
     )
     chosen = _choice(data, choose, rounds, held_out, groups)
-    record = broadcast(rounds[chosen].record(chosen=True, refitted=chosen > 0))
+    record = broadcast(rounds[chosen].record(held_out.group, True, refitted=chosen > 0))
     return (broadcast(rounds[chosen].quick_head) if chosen else None), record
 
 
