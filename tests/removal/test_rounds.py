@@ -337,9 +337,10 @@ def test_rounds_of_impure_groups_are_judged_by_purer_ones():
     assert all(torch.equal(r.group, held_out.group) for r in plain)
 
 
-def test_the_weight_is_the_one_that_is_best_on_average_over_the_groups(monkeypatch):
+@pytest.mark.parametrize(("join", "weight"), [(False, 3), (True, 1)])
+def test_of_impure_groups_the_weight_is_best_on_average_over_the_groups(monkeypatch, join, weight):
     """A head that guesses is right on half of every group."""
-    train, held_out = _impure(0), _impure(1)
+    train, held_out = _impure(0, 2000), _impure(1)
     accuracies = {1.0: (1.0, 0.4), 3.0: (0.5, 0.5)}
 
     def judge(share, weight, gate, score, examples, group, sources, l2, num_classes, plan):
@@ -355,10 +356,17 @@ def test_the_weight_is_the_one_that_is_best_on_average_over_the_groups(monkeypat
 
     monkeypatch.setattr("demem.removal.rounds._judge", judge)
     rounds = remove_in_rounds(
-        train, held_out, _head(train), num_classes=2, shares=(0.5,), weights=(1, 3), typical=torch.tensor([0, 3])
+        train,
+        held_out,
+        _head(train),
+        num_classes=2,
+        shares=(0.5,),
+        weights=(1, 3),
+        typical=torch.tensor([0, 3]),
+        join=join,
     )
-    assert rounds[2].worst > rounds[1].worst
-    assert rounds[3].weight == 1
+    assert rounds[-1].share == 0.5
+    assert rounds[-1].weight == weight
 
 
 def test_bad_input_is_refused():

@@ -144,17 +144,17 @@ def remove_in_rounds(
 
     The first rounds refit the head with nothing masked, and atypical held-out examples weigh more from round to round:
     inferred groups are not pure, so that those that are drawn in equal numbers may still hold more typical examples.
-    Of the weights the one with the best cross-fitted accuracy on the mean of the groups stays, the smallest of equals:
-    on the worst group a head that guesses is often the best.  Where a class has fewer than 10 atypical examples there
-    is one weight.
+    Of the weights the one with the best cross-fitted accuracy on the worst group stays, the smallest of equals.  Where
+    a class has fewer than 10 atypical examples there is one weight.
 
-    With ``join`` all rounds are judged by purer groups of the held-out examples (:func:`purify`), as hard ones among
-    the inferred minority hide what a refit gives the others.  Where a class has fewer atypical examples held out than
-    traced in training, the head is then the mean of this one and another that is fitted on the training examples as
-    well, in which atypical examples weigh 10 or 3, whichever is better on the mean of the groups, and the groups of
-    both are purer.  Where a class has fewer than 10 atypical ones held out, it is the latter alone.  It is the former
-    where that is clearly better (:func:`clearly_better`) for the groups as they were inferred.  The first head's weight
-    is chosen without training examples, which the network has fitted.
+    With ``join``, and where a class has fewer atypical examples held out than traced in training, all rounds are judged
+    by purer groups of the held-out examples (:func:`purify`), as hard ones among the inferred minority hide what a
+    refit gives the others.  The head is then the mean of that with the weight that is best on the mean of the groups
+    (on the worst of them a head that guesses often is), and another that is fitted on the training examples as well, in
+    which atypical examples weigh 10 and the groups of both are purer.  Where a class has fewer than 10 atypical ones
+    held out, it is the latter alone.  A weight of 3 follows, and then no training examples, where the cross-fitted
+    accuracy on the worst group, as inferred, falls by more than a standard error.  The first head's weight is chosen
+    without training examples, which the network has fitted.
 
     Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
     the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
@@ -220,22 +220,27 @@ def remove_in_rounds(
         )
         shares = plan.shares
     affordable = plan.kept == KEPT
-    purer = purify(held_out, train, typical, l2) if join and affordable and typical is not None else held_out
+    few = join and affordable and typical is not None and fewest < train.fewest_atypical(typical)
+    purer = purify(held_out, train, typical, l2) if few and typical is not None else held_out
     rounds, joint = [as_trained(purer, trained)], list[_Source]()
 
-    def judge(share: float, weight: float, joint: list[_Source]) -> Round:
+    def judge(share: float, weight: float) -> Round:
         own = [] if joint and fewest < FEWEST_WEIGHED else [_Source(held_out, atypical, weight)]
         return _judge(share, weight, gate, score, held_out, purer.group, [*own, *joint], l2, num_classes, plan)
 
-    tried = [judge(0.0, float(w), joint) for w in heavier]
-    best = max(tried, key=lambda round_: round_.balanced)  # the first, and smallest, of equals
-    if join and affordable and typical is not None and fewest < train.fewest_atypical(typical):
+    tried = [judge(0.0, float(w)) for w in heavier]
+    # The first, and smallest, of equals.
+    best = max(tried, key=lambda round_: round_.balanced if few else round_.worst)
+    if few and typical is not None:
         both = purer.joined(purify(train, purer, typical, l2))
-        sources = [[_Source(both, both.atypical(typical), more)] for more in JOINT_WEIGHTS]
-        joined = [judge(0.0, best.weight, source) for source in sources]
-        most = max(range(len(joined)), key=lambda i: joined[i].balanced)
-        if not clearly_better(best.right, joined[most].right, held_out.group):
-            tried, joint = [joined[most]], sources[most]
+        worst, standard_error = _worst(best.right, held_out.group)
+        for more in JOINT_WEIGHTS:
+            joint = [_Source(both, both.atypical(typical), more)]
+            joined = judge(0.0, best.weight)
+            if _worst(joined.right, held_out.group)[0] >= worst - standard_error:
+                tried = [joined]
+                break
+            joint = []
     rounds += tried
     weight = best.weight
     if not shares:
@@ -253,7 +258,7 @@ def remove_in_rounds(
         gate = torch.ones_like(gate)
         gate[order[: round(share * width)]] = 0
         traced = fit_linear(train.features * gate, train.y, even, l2, num_classes)
-        rounds.append(judge(share, weight, joint))
+        rounds.append(judge(share, weight))
     return rounds
 
 
