@@ -10,7 +10,7 @@ import demem
 ROOT = Path(demem.__file__).parent
 # From the ground up; a file imports from its own floor or from one below.
 FLOORS = (
-    *("batch", "sites", "linear", "metrics", "measures", "tracing", "groups", "removal", "report"),
+    *("batch", "sites", "logistic", "linear", "metrics", "measures", "tracing", "groups", "removal", "report"),
     *("data", "run", "module", "callbacks", "cli", "__init__", "__main__"),
 )
 PLAIN_TORCH = FLOORS[: FLOORS.index("data")]

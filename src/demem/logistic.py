@@ -52,15 +52,19 @@ def fit_two_classes(features: Tensor, y: Tensor, share: Tensor, l2: float) -> tu
         >>> (x[0] @ weight[0].T + bias[0]).argmax(1)
         tensor([0, 0, 1, 1])
     """
-    exact = torch.float32 if features.device.type == "mps" else torch.float64  # which that device does not have
+    device = features.device
+    exact = {
+        "device": "cpu" if device.type == "mps" else device,
+        "dtype": torch.float64,
+    }  # that one has no such numbers
     std, mean = torch.std_mean(features.float(), dim=1, correction=0)
     varies = std > 1e-6 * std.amax(1, keepdim=True).clamp_min(1e-12)
     scale = torch.where(varies, 1 / std, 0.0)  # a feature that does not vary gets the weight 0
     x = (features - mean[:, None]) * scale[:, None]
-    rho = (l2 * varies.sum(1) / 2).to(exact).clamp_min(1e-9)[:, None]
-    alpha, beta = _newton((x @ x.mT).to(exact), y.to(exact), share.to(exact), rho)
-    weight = (x.mT @ alpha.float()[..., None])[..., 0] * scale
-    bias = beta.float() - (weight * mean).sum(1)
+    rho = (l2 / 2 * varies.sum(1, keepdim=True)).to(exact).clamp_min(1e-9)
+    alpha, beta = (t.float().to(device) for t in _newton((x @ x.mT).to(exact), y.to(exact), share.to(exact), rho))
+    weight = (x.mT @ alpha[..., None])[..., 0] * scale
+    bias = beta - (weight * mean).sum(1)
     return torch.stack([-weight, weight], 1) / 2, torch.stack([-bias, bias], 1) / 2
 
 
