@@ -53,10 +53,7 @@ def fit_two_classes(features: Tensor, y: Tensor, share: Tensor, l2: float) -> tu
         tensor([0, 0, 1, 1])
     """
     device = features.device
-    exact = {
-        "device": "cpu" if device.type == "mps" else device,
-        "dtype": torch.float64,
-    }  # that one has no such numbers
+    exact = torch.zeros(0, dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # mps has no float64
     std, mean = torch.std_mean(features.float(), dim=1, correction=0)
     varies = std > 1e-6 * std.amax(1, keepdim=True).clamp_min(1e-12)
     scale = torch.where(varies, 1 / std, 0.0)  # a feature that does not vary gets the weight 0
