@@ -131,6 +131,25 @@ def test_two_classes_equal_scikit_learn_set_by_set(size):
         assert torch.allclose(found.double(), torch.from_numpy(reference.decision_function(z)), atol=2e-3)
 
 
+@pytest.mark.parametrize("l2", [0.0, 1e-9])
+def test_two_classes_without_a_penalty_and_with_the_same_feature_twice(l2):
+    x, y = _problem(120, d=32, classes=2)
+    x = torch.cat([x, x], 1).relu()
+    group = 2 * y + (torch.arange(120) % 4 == 0)
+    head = fit_balanced(x, y, group, l2=l2)
+    assert bool(head.weight.isfinite().all())
+    assert float((head(x).argmax(1) == y).float().mean()) > 0.7
+
+
+def test_two_classes_in_other_precisions():
+    x, share = torch.randn(2, 30, 5), torch.full((2, 30), 1 / 30)
+    y = (x[..., 0] > 0).long()
+    for dtype in (torch.float64, torch.bfloat16):
+        weight, bias = fit_two_classes(x.to(dtype), y, share, 1e-3)
+        assert weight.dtype == bias.dtype == torch.float32
+        assert float((torch.einsum("bnd,bcd->bnc", x, weight) + bias[:, None]).argmax(2).eq(y).float().mean()) > 0.9
+
+
 def test_two_classes_of_which_one_is_absent_stay_finite():
     x, share = torch.randn(1, 9, 4), torch.full((1, 9), 1 / 9)
     weight, bias = fit_two_classes(x, torch.zeros(1, 9, dtype=torch.long), share, 1e-3)
@@ -168,6 +187,9 @@ def test_balanced_weights():
     [
         (dict(features=torch.full((4, 2), torch.nan)), "NaN"),
         (dict(y=torch.tensor([0, 1, 2, 5])), "out of range"),
+        (dict(y=torch.tensor([-1, 1, 2, 0])), "Label -1 is out of range"),
+        (dict(y=torch.tensor([0.0, 1, 2, 0])), "integers from 0"),
+        (dict(weights=torch.tensor([1, 1, 1, torch.inf])), "finite"),
         (dict(y=torch.tensor([0, 1])), "Expected features"),
         (dict(weights=torch.zeros(4)), "not all zero"),
         (dict(weights=-torch.ones(4)), "non-negative"),

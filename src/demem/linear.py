@@ -123,17 +123,20 @@ def _check(features: Tensor, y: Tensor, num_classes: int | None) -> int:
     """The number of classes, if shapes and labels fit."""
     if features.ndim != 2 or y.shape != features.shape[:1] or len(y) == 0:
         raise ValueError(f"Expected features (S, N) and labels (S,), got {tuple(features.shape)} and {tuple(y.shape)}.")
+    if y.dtype.is_floating_point or y.dtype == torch.bool:
+        raise ValueError(f"Labels are class indices, integers from 0, and not of {y.dtype}.")
     classes = int(y.max()) + 1 if num_classes is None else num_classes
-    if int(y.max()) >= classes:
-        raise ValueError(f"Label {int(y.max())} is out of range for {classes} classes.")
+    if int(y.min()) < 0 or int(y.max()) >= classes:
+        wrong = int(y.min()) if int(y.min()) < 0 else int(y.max())
+        raise ValueError(f"Label {wrong} is out of range for {classes} classes.")
     return classes
 
 
 def _shares(weights: Tensor, y: Tensor) -> Tensor:
     """Weights ``(..., S)``, scaled so that those of each set sum to 1."""
     total = weights.sum(-1, keepdim=True)
-    if weights.shape != y.shape or bool((weights < 0).any()) or not bool((total > 0).all()):
-        raise ValueError("`weights` must be one non-negative number per example, not all zero.")
+    if weights.shape != y.shape or bool((weights < 0).any()) or not bool(((total > 0) & total.isfinite()).all()):
+        raise ValueError("`weights` must be one finite, non-negative number per example, not all zero.")
     return weights / total
 
 
@@ -279,7 +282,7 @@ def fit_balanced(
     weights = torch.ones(len(y), device=features.device) if weights is None else weights.float()
     together = classes == 2 and drawn.shape[1] <= MOST
     heads: list[LinearHead] = []
-    at_once = max(1, AT_ONCE // (drawn.shape[1] * features.shape[1])) if together else 1
+    at_once = max(1, AT_ONCE // max(1, drawn.shape[1] * features.shape[1])) if together else 1
     for chosen in torch.split(drawn, at_once):
         x = features[chosen] if gate is None else features[chosen] * gate
         if together:

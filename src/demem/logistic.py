@@ -38,7 +38,7 @@ def fit_two_classes(features: Tensor, y: Tensor, share: Tensor, l2: float) -> tu
         features: ``(B, n, N)``, finite.
         y: ``(B, n)`` classes, 0 or 1.
         share: ``(B, n)`` weights of the examples, not negative, which sum to 1 in each set.
-        l2: :math:`\lambda`.
+        l2: :math:`\lambda`, at least 1e-7.
 
     Returns:
         weights ``(B, 2, N)`` and biases ``(B, 2)`` for features that are not standardised, in float32.
@@ -52,14 +52,18 @@ def fit_two_classes(features: Tensor, y: Tensor, share: Tensor, l2: float) -> tu
         >>> (x[0] @ weight[0].T + bias[0]).argmax(1)
         tensor([0, 0, 1, 1])
     """
-    device = features.device
-    exact = torch.zeros(0, dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # mps has no float64
-    std, mean = torch.std_mean(features.float(), dim=1, correction=0)
+    features, device = features.float(), features.device
+
+    def exact(values: Tensor) -> Tensor:
+        return (values.cpu() if device.type == "mps" else values).double()  # that device has no float64
+
+    std, mean = torch.std_mean(features, dim=1, correction=0)
     varies = std > 1e-6 * std.amax(1, keepdim=True).clamp_min(1e-12)
     scale = torch.where(varies, 1 / std, 0.0)  # a feature that does not vary gets the weight 0
     x = (features - mean[:, None]) * scale[:, None]
-    rho = (l2 / 2 * varies.sum(1, keepdim=True)).to(exact).clamp_min(1e-9)
-    alpha, beta = (t.float().to(device) for t in _newton((x @ x.mT).to(exact), y.to(exact), share.to(exact), rho))
+    # Below that penalty rounding decides, in the float32 products of the examples.
+    rho = exact(max(l2, 1e-7) / 2 * varies.sum(1, keepdim=True).clamp_min(1))
+    alpha, beta = (t.float().to(device) for t in _newton(exact(x @ x.mT), exact(y), exact(share), rho))
     weight = (x.mT @ alpha[..., None])[..., 0] * scale
     bias = beta - (weight * mean).sum(1)
     return torch.stack([-weight, weight], 1) / 2, torch.stack([-bias, bias], 1) / 2

@@ -96,16 +96,21 @@ class KeepsTheBest(MemorizationRemover):
 
 def _verdicts(monkeypatch, *kinds):
     """What the verdicts on the probes' mistakes say, one after the other."""
-    kinds = iter(kinds)
-    judged = lambda *args: replace(closer_look(*args), kind=next(kinds), surprise=1.0)  # noqa: E731
+    kinds, asked = iter(kinds), []
+
+    def judged(*args, trained):
+        asked.append(trained)
+        return replace(closer_look(*args, trained=trained), kind=next(kinds), surprise=1.0)
+
     monkeypatch.setattr("demem.run.detection.closer_look", judged)
+    return asked
 
 
 def _looks_twice(monkeypatch):
     """The first probe finds no shortcut, and the second does."""
     monkeypatch.setattr("demem.groups.inferred.FEW_ERRORS", 1.0)
     monkeypatch.setattr(Groups, "open", property(lambda groups: not groups.shortcut))
-    _verdicts(monkeypatch, "label noise", "hard examples", "hard examples")
+    return _verdicts(monkeypatch, "label noise", "hard examples", "hard examples")
 
 
 def _same_groups(a, b):
@@ -296,9 +301,10 @@ def _drawn(remover, epochs=3, loaders=None):
 
 def test_first_epoch_is_left_alone_before_a_second_look(monkeypatch):
     plain = _drawn(None)
-    _looks_twice(monkeypatch)
+    asked = _looks_twice(monkeypatch)
     remover = MemorizationRemover()
     drawn = _drawn(remover)
+    assert asked == [False, True]  # the second probe reads a network that has trained, the second opinion does not
     assert torch.equal(drawn[0], plain[0])
     assert not torch.equal(drawn[1].bincount(), plain[1].bincount())
     assert (remover.groups.epoch, remover.groups.shortcut) == (1, True)

@@ -125,13 +125,22 @@ def test_what_an_ordinary_fit_gets_right_is_merely_hard():
     assert judge(made.early, made.deep, made.y, plain=made.early).kind == "shortcut"
 
 
-def test_labels_are_not_called_wrong_by_an_ordinary_fit_that_cannot_read_what_the_probe_reads():
-    made = Made(noise=0.05)
+@pytest.mark.parametrize(
+    ("trained", "misread", "hard", "kind"),
+    [
+        (True, 0.15, 0.05, "undecided"),  # the second opinions cannot read what the network has learned
+        (False, 0.15, 0.05, "label noise"),  # the probe reads the same features as they do
+        (True, 0.05, 0.05, "label noise"),  # they can
+        (True, 0.15, 0.0, "label noise"),  # they cannot, but all mistakes may be wrong labels
+    ],
+)
+def test_labels_are_not_called_wrong_by_an_opinion_that_cannot_read_what_the_probe_reads(trained, misread, hard, kind):
+    made = Made(noise=0.015, hard=hard, knows=0.0)
     g = torch.Generator().manual_seed(1)
-    for misread, kind in ((0.04, "label noise"), (0.06, "undecided")):  # of all examples; 5% of the labels are wrong
-        read = torch.where(torch.rand(4000, generator=g) < misread, 1 - made.true, made.true)
-        plain = torch.nn.functional.one_hot(read, 2).float()
-        assert judge(made.early, made.deep, made.y, plain=plain).kind == kind
+    named = made.early.argmax(1)
+    plain = logits(2.0 * torch.where(torch.rand(4000, generator=g) < misread, 1 - named, named) - 1)
+    deep = logits(torch.randn(4000, generator=g))  # sides with nobody
+    assert judge(made.early, deep, made.y, plain=plain, trained=trained).kind == kind
 
 
 def test_hardly_any_mistakes():

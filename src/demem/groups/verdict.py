@@ -69,6 +69,8 @@ FEWEST = 5  # confident mistakes that must remain
 MOSTLY = 2 / 3  # of the systematic mistakes must be a minority's; hard examples among wrong labels look like one
 CONFIRMING = "a second look sides with the labels"  # in the ``why`` of a shortcut
 FEWEST_WRONG = 8  # of them, to say that the labels are wrong
+BLIND = 1.5  # times as often as the labels an ordinary fit disagrees with the probe, if it cannot read what that reads
+FEW_OF_THEM = 1 / 3  # of the mistakes are systematic
 RIGHT_ANYWAY = 0.9  # of the mistakes: if an ordinary fit gets so many right, nothing misleads it
 MIN_SURPRISE = 0.2  # nats above 1: so many examples make less significant that it means nothing
 FEW_MISTAKES = 0.01  # of all examples
@@ -381,7 +383,9 @@ def null_probability(p: Tensor) -> Tensor:
     return (null_share(p) / torch.tensor(slopes, device=p.device)).clamp(max=1).to(p)[where]
 
 
-def closer_look(early: Tensor, features: Sequence[Tensor], y: Tensor, num_classes: int) -> Verdict:
+def closer_look(
+    early: Tensor, features: Sequence[Tensor], y: Tensor, num_classes: int, trained: bool = False
+) -> Verdict:
     """:func:`judge` what a probe gets wrong, by two second opinions on what the layers show.
 
     One is balanced over class and probe's answer, the other is an ordinary fit.
@@ -391,6 +395,7 @@ def closer_look(early: Tensor, features: Sequence[Tensor], y: Tensor, num_classe
         features: ``(S, N)`` of one or several layers, see :func:`second_opinion`.
         y: ``(S,)`` class indices.
         num_classes: number of classes C.
+        trained: see :func:`judge`.
 
     Raises:
         ValueError: as :func:`second_opinion`.
@@ -410,7 +415,7 @@ def closer_look(early: Tensor, features: Sequence[Tensor], y: Tensor, num_classe
         kernel = _kernel([_standardised(layer) for layer in features], everyone, everyone)
     attributes = early.argmax(1), y
     balanced, plain = (second_opinion(features, y, a, num_classes, kernel=kernel) for a in attributes)
-    return judge(early, balanced, y, plain)
+    return judge(early, balanced, y, plain, trained=trained)
 
 
 def _surprise(p: Tensor) -> float:
@@ -418,7 +423,14 @@ def _surprise(p: Tensor) -> float:
     return float((-p.log() - 1).sum()) / math.sqrt(max(1, len(p)))
 
 
-def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, quantile: float = CONFIDENT) -> Verdict:
+def judge(
+    early: Tensor,
+    deep: Tensor,
+    y: Tensor,
+    plain: Tensor | None = None,
+    quantile: float = CONFIDENT,
+    trained: bool = False,
+) -> Verdict:
     """Say what the mistakes of an early probe are.
 
     Args:
@@ -429,9 +441,11 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
         y: ``(S,)`` class indices.
         plain: ``(S, C)`` scores of the same predictor without the groups' weights (:func:`second_opinion` with
             ``attribute=y``).  Where it gets nine in ten of the probe's mistakes right, a network will, too: nothing
-            misleads it, and these are hard examples.  Where it names another class than the probe more often than the
-            labels do, it cannot read what the probe reads, and labels are not called wrong on its word.
+            misleads it, and these are hard examples.
         quantile: see :func:`confident_answers`.
+        trained: the probe reads a network that has trained, and the others what it was before.  Where ``plain`` differs
+            from the probe 1.5 times as often as the labels do, it cannot read what the probe reads; few confident
+            mistakes, from which less than a third of all mistakes can be wrong labels, are then called undecided.
 
     Raises:
         ValueError: shapes do not fit.
@@ -483,9 +497,10 @@ def judge(early: Tensor, deep: Tensor, y: Tensor, plain: Tensor | None = None, q
     figures = f"{count} confident mistakes, {explained:.0f} if all were hard; z = {z:.1f} for their labels"
     kind: Kind
     anyway = 0.0 if plain is None else float((plain.argmax(1) == y)[mistake].float().mean())  # NaN without mistakes
-    # Wrong labels leave a class that the probe and an ordinary fit read alike; their answers then differ less often
-    # than the probe's do from the labels.
-    blind = plain is not None and float((plain.argmax(1) != early.argmax(1)).float().mean()) > error
+    # A network may have learned what its features did not show before: then nobody sides with the labels.  If what may
+    # be wrong labels are also few of the mistakes, that is not what these are.
+    apart = 0.0 if plain is None else float((plain.argmax(1) != early.argmax(1)).float().mean())
+    blind = trained and apart > BLIND * error and systematic < FEW_OF_THEM * error
     if anyway >= RIGHT_ANYWAY:
         kind, why, beyond = "nothing", "an ordinary fit gets right what the probe gets wrong", 0.0
     elif error < FEW_MISTAKES and above < THRESHOLD:

@@ -104,7 +104,7 @@ class Round:
             group: ``(S,)`` the groups as they were inferred (or given), by which the rounds of all epochs compare.
             chosen: whether the round is kept.
             refitted: whether the head is another than the network's own.
-            why: the round is kept.
+            why: the reason for which the round is kept.
         """
         average, worst = float(self.right.float().mean()), _worst(self.right, group)[0]
         return RoundRecord(refitted, self.share, worst, chosen, self.weight, average, why)
@@ -149,12 +149,12 @@ def remove_in_rounds(
 
     With ``join``, and where a class has fewer atypical examples held out than traced in training, all rounds are judged
     by purer groups of the held-out examples (:func:`purify`), as hard ones among the inferred minority hide what a
-    refit gives the others.  The head is then the mean of that with the weight that is best on the mean of the groups
-    (on the worst of them a head that guesses often is), and another that is fitted on the training examples as well, in
-    which atypical examples weigh 10 and the groups of both are purer.  Where a class has fewer than 10 atypical ones
-    held out, it is the latter alone.  A weight of 3 follows, and then no training examples, where the cross-fitted
-    accuracy on the worst group, as inferred, falls by more than a standard error.  The first head's weight is chosen
-    without training examples, which the network has fitted.
+    refit gives the others.  Of the weights the one that is best on the mean of the groups stays, as on the worst of
+    them a head that guesses often is.  The head is then the mean of two: the one with that weight, and another that is
+    fitted on the training examples as well, in which atypical examples weigh 10 and the groups of both are purer.
+    Where a class has fewer than 10 atypical ones held out, it is the latter alone.  A weight of 3 follows, and then no
+    training examples, where the cross-fitted accuracy on the worst group, as inferred, falls by more than a standard
+    error.  The first head's weight is chosen without training examples, which the network has fitted.
 
     Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
     the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the

@@ -34,8 +34,8 @@ _MEANINGS = {
         "examples below before you train on them."
     ),
     "hard examples": (
-        "An early layer is unsure where it is wrong, as it is on examples that are merely difficult. No attribute "
-        "misleads it."
+        "An early layer is unsure where it is wrong, as it is on examples that are merely difficult. No attribute that "
+        "misleads it was found."
     ),
     "nothing": "An early layer makes hardly any mistakes that a better look would not make as well.",
     "undecided": (

@@ -75,7 +75,9 @@ def infer_groups_of_run(
             seen = [*first.activations.values(), *first.sketches.values()]
             judged_on = list(before) or [rows[some] for rows in seen]
             here = torch.searchsorted(train.position, first.position[some])
-            groups = groups.judged(closer_look(probe.logits[here], judged_on, first.y[some], classes))
+            groups = groups.judged(
+                closer_look(probe.logits[here], judged_on, first.y[some], classes, trained=bool(before))
+            )
     elif held_out.group is None:
         raise ValueError(
             "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set use_groups=False."
