@@ -288,6 +288,30 @@ def test_a_choice_says_why(options, cells, kept, words):
     assert explain_round(1 - kept, rounds, held_out, typical, **options) == ""  # somebody else's choice
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "after", "number", "impure", "kept"),
+    [
+        (0.7, 0.85, 20, True, 0),  # nothing misleads the network much, and a refit costs a seventh
+        (0.6, 0.85, 20, True, 1),  # it is misled
+        (0.7, 0.92, 20, True, 1),  # the refit costs less
+        (0.7, 0.85, 9, True, 1),  # too few atypical examples to say so
+        (0.7, 0.85, 20, False, 1),  # the groups are known
+    ],
+)
+def test_a_refit_of_inferred_groups_must_not_be_dear_if_the_network_is_hardly_misled(
+    accuracy, after, number, impure, kept
+):
+    sizes = (200, number, 200, number)
+    right, than, y, atypical = _cells((1, after), (accuracy, 0.95), (1, after), (accuracy, 0.95), sizes=sizes)
+    held_out, typical = Examples(torch.zeros(len(y), 40), y, 2 * y + atypical), torch.tensor([0, 2])
+    rounds = _rounds((0.7, 0.6, 0.6))[0][:2]
+    rounds = [replace(r, right=n, group=held_out.group) for r, n in zip(rounds, (than, right), strict=True)]
+    assert choose_round(rounds, held_out, typical, impure=impure) == kept
+    assert ("right, and a refit would cost" in explain_round(0, rounds, held_out, typical, impure=impure)) == (not kept)
+    if number >= 10 and impure:
+        assert worth_its_cost(right, than, y, atypical) == bool(kept)
+
+
 def test_a_choice_with_few_atypical_examples_says_so():
     _, than, y, atypical = _cells((1, 1), (1, 1), (1, 1), (1, 1), sizes=(40, 1, 40, 1))
     held_out = Examples(torch.zeros(len(y), 40), y, 2 * y + atypical)
@@ -296,12 +320,12 @@ def test_a_choice_with_few_atypical_examples_says_so():
 
 
 def test_what_a_refit_gives_is_judged_by_the_purer_groups():
-    # 40 examples of each class are inferred as atypical: a refit gains the ten that are, and costs the hard ones.
+    # 40 examples of each class are inferred as atypical: a refit gains the 14 that are, and costs the hard ones.
     right, than, y, inferred = _cells((1, 0.9), (0.6, 0.55), (1, 0.9), (0.6, 0.55), sizes=(200, 40, 200, 40))
     place = torch.arange(len(y)) % 240 - 200
-    purer = inferred & (place < 10)
-    than = torch.where(inferred, place >= 10, than)
-    right = torch.where(inferred, (place < 8) | (place >= 34), right)
+    purer = inferred & (place < 14)
+    than = torch.where(inferred, place >= 14, than)
+    right = torch.where(inferred, (place < 12) | (place >= 34), right)
     held_out, typical = Examples(torch.zeros(len(y), 40), y, 2 * y + inferred), torch.tensor([0, 2])
     assert not worth_its_cost(right, than, y, inferred)
     assert worth_its_cost(right, than, y, inferred, purer)

@@ -235,7 +235,14 @@ class MemorizationRemover(Callback):
 
         ``held_out`` are :class:`demem.removal.Examples`: what the head reads, classes and groups.
         """
-        return choose_round(rounds, held_out, groups.typical, groups_known=groups.informative, doubtful=groups.doubtful)
+        return choose_round(
+            rounds,
+            held_out,
+            groups.typical,
+            groups_known=groups.informative,
+            doubtful=groups.doubtful,
+            impure=groups.impure,
+        )
 
     # When
 

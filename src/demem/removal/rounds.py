@@ -31,7 +31,9 @@ ONE_SIDED = 1.645  # standard errors: 5%
 LIKELY = 0.5  # standard errors: the odds are two to one
 AFFORDABLE = 0.02  # of a class's typical examples may go wrong for a refit whose gain is uncertain
 MISLED = 0.5  # accuracy on atypical examples; below it the network follows something else than the class
+NOT_MISLED, DEAR = 2 / 3, 0.1  # where it is above this, a refit may lose at most so many of a class's typical examples
 GAINS_MORE = "it gains the atypical examples that are alike more than it costs the others"
+TOO_DEAR = "the network gets most of the atypical examples right, and a refit would cost too many typical ones"
 COSTS_MORE = "a refit would cost the typical examples more than it gains the atypical ones"
 
 
@@ -354,8 +356,9 @@ def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor, pur
     rises all the same.  So what counts is the mean over the typical and the atypical examples of each class, and by how
     many standard errors it rises (as in :func:`clearly_better`).  A refit is worth its cost where that is half a one;
     where it loses at most 2% of the typical examples of each class and is not clearly worse; and where the network gets
-    most of the atypical examples wrong, and so is misled, and the mean does not fall by half a one.  Where each class
-    has fewer than 5 atypical examples, nothing speaks against it.
+    most of the atypical examples wrong, and so is misled, and the mean does not fall by half a one.  Where it gets two
+    thirds of them right, a loss of more than a tenth of a class's typical examples is never worth it.  Where each class
+    has fewer than 5 atypical examples, nothing speaks against a refit.
 
     Args:
         right: ``(S,)`` bool, whether the refitted head is right on each example.
@@ -380,11 +383,12 @@ def _weigh(right: Tensor, than: Tensor, y: Tensor, inferred: Tensor, atypical: T
     """:func:`worth_its_cost`, and why."""
     if max(torch.bincount(y[inferred]).tolist(), default=0) < FEWEST_JUDGED:
         return True, "too few atypical examples are held out to weigh its cost"
-    improvement = _improvement(right, than, 2 * y + atypical)
-    typical = [((than & ~right).float() - (right & ~than).float())[~atypical & (y == c)] for c, _ in members_of(y)]
-    if all(float(lost.mean()) <= AFFORDABLE for lost in typical if len(lost)):
+    improvement, lost = _improvement(right, than, 2 * y + atypical), _lost(right, than, y, atypical)
+    if lost <= AFFORDABLE:
         cheap = "it costs the typical examples hardly anything"
         return (True, cheap) if improvement > -ONE_SIDED else (False, COSTS_MORE)
+    if _is_dear(right, than, y, inferred, atypical):
+        return False, TOO_DEAR
     if improvement >= LIKELY:
         return True, GAINS_MORE
     if improvement <= -LIKELY:
@@ -394,6 +398,18 @@ def _weigh(right: Tensor, than: Tensor, y: Tensor, inferred: Tensor, atypical: T
     return False, "a refit would cost typical examples, and hardly gain more than that"
 
 
+def _lost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> float:
+    """Fraction of the typical examples that a refit gets wrong beyond what it gains, of the class that loses most."""
+    change = than.float() - right.float()
+    parts = [change[~atypical & (y == c)] for c, _ in members_of(y)]
+    return max((float(part.mean()) for part in parts if len(part)), default=0.0)
+
+
+def _is_dear(right: Tensor, than: Tensor, y: Tensor, inferred: Tensor, atypical: Tensor) -> bool:
+    """Whether a network that gets most of the inferred atypical examples right would lose many typical ones."""
+    return float(than[inferred].float().mean()) >= NOT_MISLED and _lost(right, than, y, atypical) > DEAR
+
+
 def choose_round(
     rounds: Sequence[Round],
     held_out: Examples,
@@ -401,6 +417,7 @@ def choose_round(
     tolerance: float = 1.0,
     groups_known: bool = True,
     doubtful: bool = False,
+    impure: bool = False,
 ) -> int:
     """Index of the round to keep.
 
@@ -414,7 +431,9 @@ def choose_round(
     groups, most of which have fewer than 5, as where many classes share few held-out examples.  Where the groups are
     unknown, no class may lose by it, either.  It also stays so where it is clearly better itself, over those examples:
     a head that turns the shortcut round helps the atypical ones by less than it costs the typical ones.  Where the
-    shortcut is doubtful, that the head helps must be likely, or cheap (:func:`worth_its_cost`).
+    groups are inferred and it gets two thirds of at least ten atypical examples of a class right, no shortcut misleads
+    it much, and a refit must not lose more than a tenth of a class's typical ones.  Where the shortcut is doubtful,
+    that the head helps must be likely, or cheap (:func:`worth_its_cost`).
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -423,6 +442,7 @@ def choose_round(
         tolerance: see above.
         groups_known: the held-out examples' groups say more than their classes.
         doubtful: the atypical examples may be hard ones or have wrong labels, as the shortcut is not confirmed.
+        impure: the groups are inferred.
 
     Example:
         >>> y = torch.arange(80) % 2
@@ -432,7 +452,7 @@ def choose_round(
         >>> choose_round(rounds, examples, torch.tensor([0, 2]))  # refitted, and nothing masked
         1
     """
-    return _decide(rounds, held_out, typical, tolerance, groups_known, doubtful)[0]
+    return _decide(rounds, held_out, typical, tolerance, groups_known, doubtful, impure)[0]
 
 
 def explain_round(
@@ -443,12 +463,13 @@ def explain_round(
     tolerance: float = 1.0,
     groups_known: bool = True,
     doubtful: bool = False,
+    impure: bool = False,
 ) -> str:
     """Why :func:`choose_round` keeps this round, in a few words; empty where it keeps another.
 
     Args:
         chosen: index of the round that is kept.
-        rounds, held_out, typical, tolerance, groups_known, doubtful: see :func:`choose_round`.
+        rounds, held_out, typical, tolerance, groups_known, doubtful, impure: see :func:`choose_round`.
 
     Example:
         >>> y = torch.arange(80) % 2
@@ -458,12 +479,18 @@ def explain_round(
         >>> explain_round(0, rounds, examples, torch.tensor([0, 1]), groups_known=False)
         'there is no shortcut to go by, and a refit is not clearly better'
     """
-    decided, why = _decide(rounds, held_out, typical, tolerance, groups_known, doubtful)
+    decided, why = _decide(rounds, held_out, typical, tolerance, groups_known, doubtful, impure)
     return why if decided == chosen else ""
 
 
 def _decide(
-    rounds: Sequence[Round], held_out: Examples, typical: Tensor, tolerance: float, groups_known: bool, doubtful: bool
+    rounds: Sequence[Round],
+    held_out: Examples,
+    typical: Tensor,
+    tolerance: float,
+    groups_known: bool,
+    doubtful: bool,
+    impure: bool,
 ) -> tuple[int, str]:
     """:func:`choose_round`, and why."""
     best = max(rounds[1:], key=lambda r: r.worst)
@@ -486,6 +513,9 @@ def _decide(
             return (refit if worth else 0), why
         if fewest >= FEWEST_JUDGED and clearly_better(old, new, cell):
             return 0, COSTS_MORE
+        enough = max(torch.bincount(held_out.y[atypical]).tolist(), default=0) >= FEWEST_WEIGHED
+        if impure and enough and _is_dear(new, old, held_out.y, atypical, purer):
+            return 0, TOO_DEAR
         return refit, "it is not clearly worse on average over the groups"
     better = clearly_better(new, old, cell)
     loses = any(int(new[members].sum()) < int(old[members].sum()) for _, members in members_of(cell))

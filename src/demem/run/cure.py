@@ -84,8 +84,15 @@ def remove_and_refit(
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = _choice(data, choose, rounds, held_out, groups)
-    known, doubtful = groups.informative, groups.doubtful
-    why = explain_round(chosen, rounds, held_out, groups.typical, groups_known=known, doubtful=doubtful)
+    why = explain_round(
+        chosen,
+        rounds,
+        held_out,
+        groups.typical,
+        groups_known=groups.informative,
+        doubtful=groups.doubtful,
+        impure=groups.impure,
+    )
     records = [round_.record(held_out.group, i == chosen, refitted=i > 0) for i, round_ in enumerate(rounds)]
     records[chosen] = replace(records[chosen], why=why or "choose() says so")
     records = broadcast(records)
