@@ -19,7 +19,7 @@ LISTED = 4  # classes; the group sizes of more are summed
 
 _HEADLINES = {
     "shortcut": "Shortcut found",
-    "label noise": "No shortcut: some labels look wrong",
+    "label noise": "Some labels look wrong, and no shortcut is seen beside them",
     "hard examples": "No shortcut: only hard examples",
     "nothing": "No shortcut found",
     "undecided": "Undecided",
