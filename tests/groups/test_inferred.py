@@ -65,6 +65,20 @@ def test_state_and_repr():
     assert "no shortcut" in repr(_groups(shortcut=False))
 
 
+@pytest.mark.parametrize(
+    ("given", "trust"),
+    [
+        ({"shortcut": False}, (False, False, False)),
+        ({"why": "the probe makes few mistakes"}, (True, True, True)),
+        ({"why": "a second look sides with the labels (9 mistakes)"}, (True, False, True)),
+        ({"known": True}, (True, False, False)),
+    ],
+)
+def test_how_far_groups_are_relied_on(given, trust):
+    groups = replace(_groups(), **given)
+    assert groups.trust == dict(zip(("groups_known", "doubtful", "impure"), trust, strict=True))
+
+
 def test_repr_counts_the_atypical_examples():
     y = torch.tensor([0, 0, 0, 1, 1, 1])
     groups = Groups(torch.tensor([0, 0, 1, 3, 3, 2]), torch.tensor([0, 2]), y, y[[0, 3]], 2, "layer", 0.1, 0.9, True)

@@ -235,14 +235,7 @@ class MemorizationRemover(Callback):
 
         ``held_out`` are :class:`demem.removal.Examples`: what the head reads, classes and groups.
         """
-        return choose_round(
-            rounds,
-            held_out,
-            groups.typical,
-            groups_known=groups.informative,
-            doubtful=groups.doubtful,
-            impure=groups.impure,
-        )
+        return choose_round(rounds, held_out, groups.typical, **groups.trust)
 
     # When
 

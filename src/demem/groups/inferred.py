@@ -89,6 +89,11 @@ class Groups:
         return self.impure and not is_confirmed(self.why)
 
     @property
+    def trust(self) -> dict[str, bool]:
+        """How far the groups are to be relied on: options of :func:`demem.removal.choose_round`."""
+        return {"groups_known": self.informative, "doubtful": self.doubtful, "impure": self.impure}
+
+    @property
     def many_errors(self) -> bool:
         """Whether the probe knows too little of the class to transfer known groups."""
         return self.error > MANY_ERRORS * _chance(self.num_classes)

@@ -207,7 +207,6 @@ def remove_in_rounds(
             "there: use a validation set with every class."
         )
     width = held_out.features.shape[1]
-    gate, score = held_out.features.new_ones(width), held_out.features.new_zeros(width)
     atypical = None if typical is None else held_out.atypical(typical)
     fewest = 0 if typical is None else held_out.fewest_atypical(typical)
     heavier = weights if fewest >= FEWEST_WEIGHED else weights[:1]
@@ -225,6 +224,7 @@ def remove_in_rounds(
     few = join and affordable and typical is not None and fewest < train.fewest_atypical(typical)
     purer = purify(held_out, train, typical, l2) if few and typical is not None else held_out
     rounds, joint = [as_trained(purer, trained)], list[_Source]()
+    gate, score = rounds[0].gate, rounds[0].score
 
     def judge(share: float, weight: float) -> Round:
         own = [] if joint and fewest < FEWEST_WEIGHED else [_Source(held_out, atypical, weight)]
@@ -387,7 +387,7 @@ def _weigh(right: Tensor, than: Tensor, y: Tensor, inferred: Tensor, atypical: T
     if lost <= AFFORDABLE:
         cheap = "it costs the typical examples hardly anything"
         return (True, cheap) if improvement > -ONE_SIDED else (False, COSTS_MORE)
-    if _is_dear(right, than, y, inferred, atypical):
+    if _is_dear(lost, than, inferred):
         return False, TOO_DEAR
     if improvement >= LIKELY:
         return True, GAINS_MORE
@@ -405,9 +405,9 @@ def _lost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> float:
     return max((float(part.mean()) for part in parts if len(part)), default=0.0)
 
 
-def _is_dear(right: Tensor, than: Tensor, y: Tensor, inferred: Tensor, atypical: Tensor) -> bool:
+def _is_dear(lost: float, than: Tensor, inferred: Tensor) -> bool:
     """Whether a network that gets most of the inferred atypical examples right would lose many typical ones."""
-    return float(than[inferred].float().mean()) >= NOT_MISLED and _lost(right, than, y, atypical) > DEAR
+    return lost > DEAR and float(than[inferred].float().mean()) >= NOT_MISLED
 
 
 def choose_round(
@@ -430,10 +430,11 @@ def choose_round(
     atypical examples of a class are fewer than two, training ones that take part included, or spread over several
     groups, most of which have fewer than 5, as where many classes share few held-out examples.  Where the groups are
     unknown, no class may lose by it, either.  It also stays so where it is clearly better itself, over those examples:
-    a head that turns the shortcut round helps the atypical ones by less than it costs the typical ones.  Where the
-    groups are inferred and it gets two thirds of at least ten atypical examples of a class right, no shortcut misleads
-    it much, and a refit must not lose more than a tenth of a class's typical ones.  Where the shortcut is doubtful,
-    that the head helps must be likely, or cheap (:func:`worth_its_cost`).
+    a head that turns the shortcut round helps the atypical ones by less than it costs the typical ones.
+
+    Inferred groups may be wrong.  If the network gets two thirds of the atypical examples right, where a class has ten
+    of them, nothing misleads it much, and it stays where a refit would lose more than a tenth of a class's typical
+    examples.  Where the shortcut is doubtful, that the refit helps must be likely, or cheap (:func:`worth_its_cost`).
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -513,8 +514,8 @@ def _decide(
             return (refit if worth else 0), why
         if fewest >= FEWEST_JUDGED and clearly_better(old, new, cell):
             return 0, COSTS_MORE
-        enough = max(torch.bincount(held_out.y[atypical]).tolist(), default=0) >= FEWEST_WEIGHED
-        if impure and enough and _is_dear(new, old, held_out.y, atypical, purer):
+        many = max(torch.bincount(held_out.y[atypical]).tolist(), default=0) >= FEWEST_WEIGHED
+        if impure and many and _is_dear(_lost(new, old, held_out.y, purer), old, atypical):
             return 0, TOO_DEAR
         return refit, "it is not clearly worse on average over the groups"
     better = clearly_better(new, old, cell)

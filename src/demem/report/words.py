@@ -404,9 +404,8 @@ def _sizes(groups: Groups, names: Sequence[str] | None) -> str:
     if groups.num_classes > LISTED:
         of = [(f"{groups.num_classes} classes", torch.ones_like(typical))]
     else:
-        names = (
-            names if names and len(names) == groups.num_classes else [f"class {c}" for c in range(groups.num_classes)]
-        )
+        numbers = range(groups.num_classes)
+        names = names if names and len(names) == len(numbers) else [f"class {c}" for c in numbers]
         of = [(name, groups.y == c) for c, name in enumerate(names)]
     return ", ".join(
         f"{name}: {int(typical[y].sum())} typical and {int((~typical)[y].sum())} atypical" for name, y in of

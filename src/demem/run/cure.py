@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
@@ -84,18 +83,10 @@ def remove_and_refit(
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = _choice(data, choose, rounds, held_out, groups)
-    why = explain_round(
-        chosen,
-        rounds,
-        held_out,
-        groups.typical,
-        groups_known=groups.informative,
-        doubtful=groups.doubtful,
-        impure=groups.impure,
+    why = explain_round(chosen, rounds, held_out, groups.typical, **groups.trust) or "choose() says so"
+    records = broadcast(
+        [round_.record(held_out.group, i == chosen, i > 0, why * (i == chosen)) for i, round_ in enumerate(rounds)]
     )
-    records = [round_.record(held_out.group, i == chosen, refitted=i > 0) for i, round_ in enumerate(rounds)]
-    records[chosen] = replace(records[chosen], why=why or "choose() says so")
-    records = broadcast(records)
     if chosen == 0:
         return records, [], 0
     write_head(data.head, broadcast(rounds[chosen].head))
