@@ -312,6 +312,15 @@ def test_a_refit_of_inferred_groups_must_not_be_dear_if_the_network_is_hardly_mi
         assert worth_its_cost(right, than, y, atypical) == bool(kept)
 
 
+def test_where_the_atypical_examples_are_many_their_gain_is_worth_a_tenth_of_the_typical_ones():
+    right, than, y, atypical = _cells((1, 0.85), (0.7, 0.95), (1, 0.85), (0.7, 0.95), sizes=(100, 100, 100, 100))
+    held_out, typical = Examples(torch.zeros(len(y), 40), y, 2 * y + atypical), torch.tensor([0, 2])
+    rounds = _rounds((0.7, 0.6, 0.6))[0][:2]
+    rounds = [replace(r, right=n, group=held_out.group) for r, n in zip(rounds, (than, right), strict=True)]
+    assert choose_round(rounds, held_out, typical, impure=True) == 1
+    assert choose_round(rounds, held_out, typical, impure=True, doubtful=True) == 1
+
+
 def test_a_choice_with_few_atypical_examples_says_so():
     _, than, y, atypical = _cells((1, 1), (1, 1), (1, 1), (1, 1), sizes=(40, 1, 40, 1))
     held_out = Examples(torch.zeros(len(y), 40), y, 2 * y + atypical)

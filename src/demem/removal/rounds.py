@@ -31,7 +31,7 @@ ONE_SIDED = 1.645  # standard errors: 5%
 LIKELY = 0.5  # standard errors: the odds are two to one
 AFFORDABLE = 0.02  # of a class's typical examples may go wrong for a refit whose gain is uncertain
 MISLED = 0.5  # accuracy on atypical examples; below it the network follows something else than the class
-NOT_MISLED, DEAR = 2 / 3, 0.1  # where it is above this, a refit may lose at most so many of a class's typical examples
+NOT_MISLED, DEAR = 2 / 3, 0.1  # from there on, at most so many of a class's typical examples may be lost on balance
 GAINS_MORE = "it gains the atypical examples that are alike more than it costs the others"
 TOO_DEAR = "the network gets most of the atypical examples right, and a refit would cost too many typical ones"
 COSTS_MORE = "a refit would cost the typical examples more than it gains the atypical ones"
@@ -357,8 +357,8 @@ def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor, pur
     many standard errors it rises (as in :func:`clearly_better`).  A refit is worth its cost where that is half a one;
     where it loses at most 2% of the typical examples of each class and is not clearly worse; and where the network gets
     most of the atypical examples wrong, and so is misled, and the mean does not fall by half a one.  Where it gets two
-    thirds of them right, a loss of more than a tenth of a class's typical examples is never worth it.  Where each class
-    has fewer than 5 atypical examples, nothing speaks against a refit.
+    thirds of them right, a loss of more than a tenth of a class's typical examples that lowers the average over all is
+    never worth it.  Where each class has fewer than 5 atypical examples, nothing speaks against a refit.
 
     Args:
         right: ``(S,)`` bool, whether the refitted head is right on each example.
@@ -387,7 +387,7 @@ def _weigh(right: Tensor, than: Tensor, y: Tensor, inferred: Tensor, atypical: T
     if lost <= AFFORDABLE:
         cheap = "it costs the typical examples hardly anything"
         return (True, cheap) if improvement > -ONE_SIDED else (False, COSTS_MORE)
-    if _is_dear(lost, than, inferred):
+    if _is_dear(lost, right, than, inferred):
         return False, TOO_DEAR
     if improvement >= LIKELY:
         return True, GAINS_MORE
@@ -405,9 +405,11 @@ def _lost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor) -> float:
     return max((float(part.mean()) for part in parts if len(part)), default=0.0)
 
 
-def _is_dear(lost: float, than: Tensor, inferred: Tensor) -> bool:
-    """Whether a network that gets most of the inferred atypical examples right would lose many typical ones."""
-    return lost > DEAR and float(than[inferred].float().mean()) >= NOT_MISLED
+def _is_dear(lost: float, right: Tensor, than: Tensor, inferred: Tensor) -> bool:
+    """Whether a network that gets most of the inferred atypical examples right would lose many typical ones, and more
+    of all held-out examples than it gains: where the atypical ones are many, their gain may well be worth that."""
+    falls = int(right.sum()) < int(than.sum())
+    return falls and lost > DEAR and float(than[inferred].float().mean()) >= NOT_MISLED
 
 
 def choose_round(
@@ -434,7 +436,8 @@ def choose_round(
 
     Inferred groups may be wrong.  If the network gets two thirds of the atypical examples right, where a class has ten
     of them, nothing misleads it much, and it stays where a refit would lose more than a tenth of a class's typical
-    examples.  Where the shortcut is doubtful, that the refit helps must be likely, or cheap (:func:`worth_its_cost`).
+    examples, and lower the average over all.  Where the shortcut is doubtful, that the refit helps must be likely, or
+    cheap (:func:`worth_its_cost`).
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -515,7 +518,7 @@ def _decide(
         if fewest >= FEWEST_JUDGED and clearly_better(old, new, cell):
             return 0, COSTS_MORE
         many = max(torch.bincount(held_out.y[atypical]).tolist(), default=0) >= FEWEST_WEIGHED
-        if impure and many and _is_dear(_lost(new, old, held_out.y, purer), old, atypical):
+        if impure and many and _is_dear(_lost(new, old, held_out.y, purer), new, old, atypical):
             return 0, TOO_DEAR
         return refit, "it is not clearly worse on average over the groups"
     better = clearly_better(new, old, cell)
