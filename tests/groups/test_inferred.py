@@ -85,6 +85,11 @@ def test_repr_counts_the_atypical_examples():
     assert "atypical: 2 of 6 training and 1 of 2 held-out examples" in repr(groups)
 
 
+@pytest.mark.parametrize(("epoch", "when"), [(0, "before training:"), (1, "after 1 epoch:"), (2, "after 2 epochs:")])
+def test_repr_says_when_the_probe_was_read(epoch, when):
+    assert when in repr(replace(_groups(), epoch=epoch))
+
+
 def test_typical_groups_are_the_largest_of_their_class():
     y = torch.tensor([0, 0, 0, 1, 1, 1, 3])
     index = torch.tensor([0, 0, 1, 2, 3, 3, 6])

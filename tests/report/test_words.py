@@ -82,13 +82,13 @@ def test_sizes_of_groups_have_names(known):
     assert f"class 0: 17 typical and 3 atypical, class 1: 17 typical and 3 atypical ({whose} groups of" in line
 
 
-def test_classes_have_their_names_in_the_terminal_if_all_are_given():
+def test_classes_have_their_names_in_the_terminal_as_in_the_report():
     named, too_few = (
         summarise(_groups(), _rounds(), 0, True, class_names=names).splitlines()[1]
         for names in (["cat", "dog"], ["cat"])
     )
     assert "cat: 17 typical and 3 atypical, dog: 17 typical and 3 atypical (" in named
-    assert "class 0: 17 typical" in too_few
+    assert "cat: 17 typical and 3 atypical, class 1: 17 typical and 3 atypical (" in too_few
 
 
 def test_sizes_of_many_classes_are_summed():

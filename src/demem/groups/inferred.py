@@ -57,8 +57,9 @@ class Groups:
         what = "known groups" if self.known else "a shortcut" if self.shortcut else f"no shortcut, {self.kind}"
         train = int((self.index != self.typical[self.y]).sum())
         held_out = int((self.held_out != self.typical[self.held_out_y]).sum())
+        when = "before training" if self.epoch == 0 else f"after {self.epoch} epoch{'s' * (self.epoch != 1)}"
         return (
-            f"Groups({what}; probe of {self.site!r} after {self.epoch} epochs: error {self.error:.2f}, "
+            f"Groups({what}; probe of {self.site!r} {when}: error {self.error:.2f}, "
             f"{self.sure:.2f} of its mistakes confident; atypical: {train} of {len(self.y)} training and {held_out} of "
             f"{len(self.held_out)} held-out examples)"
         )

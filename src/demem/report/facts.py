@@ -238,7 +238,7 @@ class ReportData:
 
     def class_name(self, y: int) -> str:
         """The class's given name, or its number."""
-        return _name(self.class_names, y, "class {}")
+        return name_of(self.class_names, y, "class {}")
 
     def attribute_name(self, attribute: int) -> str:
         """The inferred attribute's given name, or the class that it usually goes with."""
@@ -248,7 +248,7 @@ class ReportData:
 
     def true_group_name(self, group: int) -> str:
         """The given name of a group of the batches, or its number, which says that it is one of these."""
-        return _name(self.group_names, group, "true group {}")
+        return name_of(self.group_names, group, "true group {}")
 
     def group_name(self, group: GroupFacts) -> str:
         """What a reader calls the group."""
@@ -261,7 +261,12 @@ class ReportData:
         )
 
 
-def _name(names: Sequence[str] | None, index: int, otherwise: str) -> str:
+def name_of(names: Sequence[str] | None, index: int, otherwise: str) -> str:
+    """The name that was given, or ``otherwise`` with the index in it.
+
+    >>> name_of(["cat"], 0, "class {}"), name_of(["cat"], 1, "class {}")
+    ('cat', 'class 1')
+    """
     return names[index] if names is not None and index < len(names) else otherwise.format(index)
 
 

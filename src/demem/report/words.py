@@ -10,7 +10,7 @@ import torch
 
 from demem.groups import Groups, is_confirmed
 from demem.removal import RoundRecord
-from demem.report.facts import GroupFacts, ReportData, VerdictFacts
+from demem.report.facts import GroupFacts, ReportData, VerdictFacts, name_of
 
 CLEARLY_SURE, CLEARLY_UNSURE = 0.42, 0.28  # measured: shortcuts from .42, hard examples up to .28
 
@@ -132,9 +132,9 @@ def evidence(verdict: VerdictFacts | Groups) -> list[str]:
     when = "before training" if verdict.epoch == 0 else f"after {_count(verdict.epoch, 'epoch')}"
     lines = [
         f"A linear probe of {verdict.site}, read {when}, mistakes the class of {verdict.error:.1%} of the training "
-        f"examples (mean over classes) when it is fitted without them, and is confident of {verdict.sure:.0%} of these "
-        "mistakes. Where that was measured it was confident of up to 28% for hard examples, and of 42% and more for a "
-        "shortcut."
+        f"examples (mean over classes) when it is fitted without them, and is as sure of {verdict.sure:.0%} of these "
+        "mistakes as of its right answers but the least sure twentieth. Where that was measured it was up to 28% for "
+        "hard examples, and 42% and more for a shortcut."
     ]
     if verdict.why and verdict.shortcut and not _confirmed(verdict):
         lines.append(
@@ -404,9 +404,7 @@ def _sizes(groups: Groups, names: Sequence[str] | None) -> str:
     if groups.num_classes > LISTED:
         of = [(f"{groups.num_classes} classes", torch.ones_like(typical))]
     else:
-        numbers = range(groups.num_classes)
-        names = names if names and len(names) == len(numbers) else [f"class {c}" for c in numbers]
-        of = [(name, groups.y == c) for c, name in enumerate(names)]
+        of = [(name_of(names, c, "class {}"), groups.y == c) for c in range(groups.num_classes)]
     return ", ".join(
         f"{name}: {int(typical[y].sum())} typical and {int((~typical)[y].sum())} atypical" for name, y in of
     )
