@@ -223,6 +223,8 @@ def _run(
 
     quiet()
     threads = torch.get_num_threads()
+    # A decay of 1 shrinks weights to denormal numbers, with which a processor is several times as slow.
+    torch.set_flush_denormal(True)
     shared, last = Shared(_choices(rows)), None
     with _progress(console, len(jobs)) as progress:
         for job in jobs:

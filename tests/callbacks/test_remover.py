@@ -844,3 +844,59 @@ def test_only_the_refit_of_a_doubtful_shortcut_must_be_worth_its_cost(doubtful, 
     _fit(remover)
     assert remover.rounds[0].chosen == doubtful
     assert ("it is not" in remover.summary()) == doubtful
+
+
+class _Refuses(MemorizationRemover):
+    def choose(self, rounds, held_out, groups):
+        return 0
+
+
+def _refused(monkeypatch, remover, better=True):
+    """A run whose refits are refused, and what an ordinary head is said to do."""
+    monkeypatch.setattr(demem.run.cure, "explain_round", lambda *_, **__: "refused")
+    monkeypatch.setattr(demem.run.cure, "gives_back", lambda *_: better)
+    module, _ = _fit(remover)
+    return module
+
+
+def test_an_ordinary_head_undoes_balanced_training_where_a_refit_is_refused(monkeypatch, tmp_path):
+    remover = _Refuses(report=str(tmp_path / "report.html"))
+    module = _refused(monkeypatch, remover)
+    last = remover.rounds[-1]
+    assert last.ordinary
+    assert last.chosen
+    assert [r.chosen for r in remover.rounds].count(True) == 1
+    assert remover.fine_tuned_on == 0
+    assert remover.units == []
+    with remover.as_trained(module):
+        before = module.net[-1].weight.detach().clone()
+    assert not torch.equal(before, module.net[-1].weight)
+    assert "head refitted on held-out examples, all alike: the groups are hardly a minority" in remover.summary()
+    text = (tmp_path / "report.html").read_text()
+    assert "The head was refitted on held-out examples, all alike: the groups are hardly a minority" in text
+    assert "all examples alike (kept)" in text
+    again = MemorizationRemover()
+    again.load_state_dict(copy.deepcopy(remover.state_dict()))
+    assert again.rounds == remover.rounds
+
+
+@pytest.mark.parametrize(
+    ("remover", "better"),
+    [(_Refuses(), False), (_Refuses(rebalance=False), True), (_Refuses(use_groups=True), True)],
+    ids=["not better", "training was ordinary", "groups are given"],
+)
+def test_an_ordinary_head_is_for_inferred_groups_that_were_balanced(monkeypatch, remover, better):
+    module = _refused(monkeypatch, remover, better)
+    assert not any(record.ordinary for record in remover.rounds)
+    assert remover.rounds[0].chosen
+    with remover.as_trained(module):
+        before = module.net[-1].weight.detach().clone()
+    assert torch.equal(before, module.net[-1].weight)
+
+
+def test_a_network_that_choose_leaves_as_it_is_keeps_its_head(monkeypatch):
+    monkeypatch.setattr(demem.run.cure, "gives_back", lambda *_: True)
+    remover = _Refuses()
+    _fit(remover)
+    assert remover.rounds[0].chosen
+    assert remover.rounds[0].why == "choose() says so"

@@ -8,6 +8,7 @@ With the groups that :mod:`demem.groups` inferred, after training:
 1. :func:`remove_in_rounds` scores the units that the head reads, masks those that memorise and refits the head on
    held-out examples, with more units masked every round; :func:`choose_round` says which round to keep, and the network
    as trained is one of them.  :func:`purify` makes the inferred groups purer, so that training examples can take part.
+   Where none is kept, :func:`ordinary_refit` undoes what balanced training cost.
 2. :func:`fine_tune` trains the whole network for a few passes on the :func:`tuning_subset` of the held-out examples.
 
 :func:`intervene` changes single units (zero, mean, noise, rewind …) and undoes it bit for bit, for experiments that ask
@@ -29,6 +30,7 @@ from demem.removal.forget import (
 from demem.removal.information import attribute_information, group_moments, information_gradient
 from demem.removal.interventions import apply, intervene, intervene_weights
 from demem.removal.joint import Examples, purify
+from demem.removal.ordinary import UNDONE, gives_back, ordinary_refit
 from demem.removal.rewind import Harm, balanced_losses, harm_scores, rewind, rewindable_sites
 from demem.removal.rounds import (
     ATYPICAL_WEIGHTS,
@@ -54,6 +56,7 @@ __all__ = [
     "ROWS",
     "SMOOTHING",
     "TRACED",
+    "UNDONE",
     "Choose",
     "Examples",
     "FineTuned",
@@ -76,6 +79,7 @@ __all__ = [
     "clearly_better",
     "explain_round",
     "fine_tune",
+    "gives_back",
     "group_moments",
     "harm_scores",
     "information_gradient",
@@ -83,6 +87,7 @@ __all__ = [
     "intervene_weights",
     "masked_units",
     "most_informed",
+    "ordinary_refit",
     "plan_fits",
     "purify",
     "remove_in_rounds",

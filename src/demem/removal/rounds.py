@@ -49,6 +49,7 @@ class RoundRecord:
         chosen: whether this round was kept.
         average: cross-fitted accuracy on all held-out examples; ``None`` in a record from before it was kept.
         why: of the round that was kept, why (:func:`explain_round`); empty of others, and in older records.
+        ordinary: whether the refit counted all held-out examples alike (:func:`demem.removal.ordinary_refit`).
     """
 
     refitted: bool
@@ -58,10 +59,11 @@ class RoundRecord:
     weight: float = 1.0
     average: float | None = None
     why: str = ""
+    ordinary: bool = False
 
     def __repr__(self) -> str:
         refit = f"head refitted, atypical examples weighing {self.weight:g}, {self.share:.0%} of its inputs masked"
-        head = refit if self.refitted else "as trained"
+        head = "head refitted, all examples alike" if self.ordinary else refit if self.refitted else "as trained"
         return f"RoundRecord({head}: worst group {self.worst:.3f}{', kept' * self.chosen})"
 
 
@@ -81,6 +83,7 @@ class Round:
         refit: gives the round's head.
         fold_heads: those that ``right`` comes from; none of the network as trained.
         fitted_atypical: atypical examples that the head is fitted on, of the class that has fewest of them.
+        ordinary: the head counts all held-out examples alike (:func:`demem.removal.ordinary_refit`).
     """
 
     share: float
@@ -94,6 +97,7 @@ class Round:
     refit: Callable[[], LinearHead]
     fold_heads: Sequence[LinearHead] = ()
     fitted_atypical: int = 0
+    ordinary: bool = False
 
     def __repr__(self) -> str:
         what = f"{self.share:.0%} of the head's inputs masked, atypical examples weighing {self.weight:g}"
@@ -109,7 +113,7 @@ class Round:
             why: the reason for which the round is kept.
         """
         average, worst = float(self.right.float().mean()), _worst(self.right, group)[0]
-        return RoundRecord(refitted, self.share, worst, chosen, self.weight, average, why)
+        return RoundRecord(refitted, self.share, worst, chosen, self.weight, average, why, self.ordinary)
 
     @property
     def balanced(self) -> float:
@@ -602,7 +606,8 @@ def _judge(
     masked = gate if bool((gate == 0).any()) else None
 
     def fit(subsets: int, used: Tensor) -> LinearHead:  # masks its subsets, and no copy of everything
-        return average_heads([source.head(used, masked, l2, num_classes, subsets, plan.most) for source in sources])
+        fitted = [source.head(used, masked, l2, num_classes, subsets, plan.most) for source in sources]
+        return average_heads(fitted + fitted[1:])  # a second head, of many more examples, counts twice
 
     def judged(used: Tensor) -> LinearHead:
         heads.append(fit(plan.judged, used))

@@ -360,7 +360,8 @@ def _numbers(data: ReportData) -> list[tuple[str, str, str, float | None, float 
             ("memorization gap", whom, "training − held out", gap(g, False), gap(g, True)),
         ]
     for i, r in enumerate(data.rounds):
-        name = f"round {i}: {r.share:.0%} masked, weight {r.weight:g}" if r.refitted else "as trained"
+        refit = f"{r.share:.0%} masked, weight {r.weight:g}" if not r.ordinary else "all examples alike"
+        name = f"round {i}: {refit}" if r.refitted else "as trained"
         rows.append(
             (
                 f"worst {group_word(data.verdict)}",

@@ -168,6 +168,8 @@ def actions(data: ReportData) -> list[str]:
     why = "" if kept is None else reason(data.verdict, data.rounds)
     if kept is None or not kept.refitted:
         return [*steps, f"The network stays as it was trained{why}."]
+    if kept.ordinary:
+        return [*steps, f"The head was refitted on held-out examples, all alike{why}."]
     masked = sum(t.units for t in data.touched if t.epoch is None)
     total = sum(t.total for t in data.touched if t.epoch is None)
     if masked:
@@ -288,7 +290,8 @@ def outcome(data: ReportData) -> str:
 
 
 def reason(verdict: VerdictFacts | Groups | None, rounds: Sequence[RoundRecord]) -> str:
-    """Why the network stays as it was trained, or why a refit is kept although a number falls; else empty.
+    """Why the network stays as it was trained or gets an ordinary head, or why a refit is kept although a number falls;
+    else empty.
 
     Args:
         verdict: of the run.
@@ -302,7 +305,7 @@ def reason(verdict: VerdictFacts | Groups | None, rounds: Sequence[RoundRecord])
     kept = next((record for record in rounds if record.chosen), None)
     if kept is None:
         return ": it has not been refitted, or that failed with a warning"
-    if not kept.refitted:
+    if not kept.refitted or kept.ordinary:
         return f": {kept.why}" if kept.why else ""
     falls = [f"the worst {group_word(verdict)}"] * _falls(rounds[0].worst, kept.worst)
     falls += ["the average"] * _falls(rounds[0].average, kept.average)
@@ -377,7 +380,8 @@ def summarise(
         tuning = ", before the fine-tuning" if fine_tuned_on else ""
         before = "what was before had trained on balanced groups" if balanced else "before: as it was trained"
         tuned = f", fine-tuned on {fine_tuned_on} held-out examples" if fine_tuned_on else ""
-        done = f"{first}; {masked}, head refitted{tuned}{told}"
+        alike = " on held-out examples, all alike" * kept.ordinary
+        done = f"{first}; {masked}, head refitted{alike}{tuned}{told}"
         gained = (
             f"worst {what} {rounds[0].worst:.1%} → {kept.worst:.1%}{_averages(rounds[0], kept)} on held-out data "
             f"(cross-fitted: each example judged by a head fitted without it{tuning}; {before})"

@@ -16,13 +16,16 @@ from demem.linear import LinearHead, draw_evenly, few_of_each_group
 from demem.removal import (
     ROWS,
     TRACED,
+    UNDONE,
     Examples,
     Round,
     RoundRecord,
     as_trained,
     explain_round,
     fine_tune,
+    gives_back,
     masked_units,
+    ordinary_refit,
     remove_in_rounds,
     tuning_subset,
 )
@@ -50,8 +53,12 @@ def remove_and_refit(
     passes: int,
     seed: int,
     score_units: Callable[..., Tensor] = linear_score,
+    balanced: bool = False,
 ) -> tuple[list[RoundRecord], list[tuple[int, float]], int]:
     """Mask units that memorise, refit the head, and fine-tune the network.
+
+    Where training drew inferred groups equally often and no refit over them is kept, an ordinary one undoes what that
+    cost (:func:`demem.removal.ordinary_refit`).
 
     Args:
         data: of the run.
@@ -62,6 +69,7 @@ def remove_and_refit(
         passes: of fine-tuning over the subset of the held-out examples; 0 leaves it out.
         seed: of all draws.
         score_units: see :func:`demem.removal.remove_in_rounds`.
+        balanced: training drew the groups equally often.
 
     Returns:
         what is known of each round, the masked units that the head reads with their scores
@@ -83,7 +91,13 @@ def remove_and_refit(
     )
     broadcast = data.trainer.strategy.broadcast
     chosen = _choice(data, choose, rounds, held_out, groups)
-    why = explain_round(chosen, rounds, held_out, groups.typical, **groups.trust) or "choose() says so"
+    why = broadcast(explain_round(chosen, rounds, held_out, groups.typical, **groups.trust))
+    if chosen == 0 and why and balanced and groups.impure:
+        ordinary = ordinary_refit(held_out, rounds[0], data.num_classes)
+        if ordinary is not None and broadcast(gives_back(ordinary, rounds[0], held_out, groups.typical)):
+            rounds.append(ordinary)
+            chosen, why = len(rounds) - 1, UNDONE
+    why = why or "choose() says so"
     records = broadcast(
         [round_.record(held_out.group, i == chosen, i > 0, why * (i == chosen)) for i, round_ in enumerate(rounds)]
     )
@@ -91,7 +105,8 @@ def remove_and_refit(
         return records, [], 0
     write_head(data.head, broadcast(rounds[chosen].head))
     gate = broadcast(rounds[chosen].gate)
-    passes = passes if groups.informative else 0  # on classes alone the features would lean on a shortcut all the more
+    # On classes alone the features would lean on a shortcut all the more.
+    passes = passes if groups.informative and not rounds[chosen].ordinary else 0
     units = broadcast(masked_units(rounds, chosen))
     return records, units, _fine_tune(data, held_out, held_out_positions, gate, passes, seed)
 
@@ -166,8 +181,9 @@ def describe_rounds(groups: Groups, rounds: Sequence[RoundRecord], fine_tuned_on
     if not kept.refitted:
         return f"demem: the network stays as it was trained{why}."
     tuned = f"fine-tuned on {fine_tuned_on}" if fine_tuned_on else "not fine-tuned on"
+    alike = ", all held-out examples alike" * kept.ordinary
     return (
-        f"demem: the head was refitted (cross-fitted accuracy on the worst {group_word(groups)}: "
+        f"demem: the head was refitted{alike} (cross-fitted accuracy on the worst {group_word(groups)}: "
         f"{rounds[0].worst:.2f} → {kept.worst:.2f}), {kept.share:.0%} of its inputs masked, and the network {tuned} "
         f"held-out examples{why}."
     )
