@@ -156,8 +156,9 @@ def remove_in_rounds(
     With ``join``, and where a class has fewer atypical examples held out than traced in training, all rounds are judged
     by purer groups of the held-out examples (:func:`purify`), as hard ones among the inferred minority hide what a
     refit gives the others.  Of the weights the one that is best on the mean of the groups stays, as on the worst of
-    them a head that guesses often is.  The head is then the mean of two: the one with that weight, and another that is
-    fitted on the training examples as well, in which atypical examples weigh 10 and the groups of both are purer.
+    them a head that guesses often is.  The head is then the mean of two: the one with that weight, and, counting twice,
+    another that is fitted on the training examples as well, in which atypical examples weigh 10 and the groups of both
+    are purer.
     Where a class has fewer than 10 atypical ones held out, it is the latter alone.  A weight of 3 follows, and then no
     training examples, where the cross-fitted accuracy on the worst group, as inferred, falls by more than a standard
     error.  The first head's weight is chosen without training examples, which the network has fitted.
