@@ -34,6 +34,7 @@ MISLED = 0.5  # accuracy on atypical examples; below it the network follows some
 NOT_MISLED, DEAR = 2 / 3, 0.1  # from there on, at most so many of a class's typical examples may be lost on balance
 GAINS_MORE = "it gains the atypical examples that are alike more than it costs the others"
 TOO_DEAR = "the network gets most of the atypical examples right, and a refit would cost too many typical ones"
+WORSE_IN_SUM = "a refit would cost the average more than it gains the worst group"
 COSTS_MORE = "a refit would cost the typical examples more than it gains the atypical ones"
 
 
@@ -361,9 +362,10 @@ def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor, pur
     rises all the same.  So what counts is the mean over the typical and the atypical examples of each class, and by how
     many standard errors it rises (as in :func:`clearly_better`).  A refit is worth its cost where that is half a one;
     where it loses at most 2% of the typical examples of each class and is not clearly worse; and where the network gets
-    most of the atypical examples wrong, and so is misled, and the mean does not fall by half a one.  Where it gets two
-    thirds of them right, a loss of more than a tenth of a class's typical examples that lowers the average over all is
-    never worth it.  Where each class has fewer than 5 atypical examples, nothing speaks against a refit.
+    most of the atypical examples wrong, and so is misled, and the mean does not fall by half a one.  But one that is not
+    cheap is never worth it if the average over all examples loses more than the worst cell gains; or, where the network
+    gets two thirds of the atypical ones right, if that average falls and a class loses more than a tenth of its typical
+    ones.  Where each class has fewer than 5 atypical examples, nothing speaks against a refit.
 
     Args:
         right: ``(S,)`` bool, whether the refitted head is right on each example.
@@ -388,12 +390,15 @@ def _weigh(right: Tensor, than: Tensor, y: Tensor, inferred: Tensor, atypical: T
     """:func:`worth_its_cost`, and why."""
     if max(torch.bincount(y[inferred]).tolist(), default=0) < FEWEST_JUDGED:
         return True, "too few atypical examples are held out to weigh its cost"
-    improvement, lost = _improvement(right, than, 2 * y + atypical), _lost(right, than, y, atypical)
+    cell = 2 * y + atypical
+    improvement, lost = _improvement(right, than, cell), _lost(right, than, y, atypical)
     if lost <= AFFORDABLE:
         cheap = "it costs the typical examples hardly anything"
         return (True, cheap) if improvement > -ONE_SIDED else (False, COSTS_MORE)
     if _is_dear(lost, right, than, inferred):
         return False, TOO_DEAR
+    if _worst(right, cell)[0] - _worst(than, cell)[0] < float(than.float().mean()) - float(right.float().mean()):
+        return False, WORSE_IN_SUM
     if improvement >= LIKELY:
         return True, GAINS_MORE
     if improvement <= -LIKELY:
