@@ -362,10 +362,10 @@ def worth_its_cost(right: Tensor, than: Tensor, y: Tensor, atypical: Tensor, pur
     rises all the same.  So what counts is the mean over the typical and the atypical examples of each class, and by how
     many standard errors it rises (as in :func:`clearly_better`).  A refit is worth its cost where that is half a one;
     where it loses at most 2% of the typical examples of each class and is not clearly worse; and where the network gets
-    most of the atypical examples wrong, and so is misled, and the mean does not fall by half a one.  But one that is not
-    cheap is never worth it if the average over all examples loses more than the worst cell gains; or, where the network
-    gets two thirds of the atypical ones right, if that average falls and a class loses more than a tenth of its typical
-    ones.  Where each class has fewer than 5 atypical examples, nothing speaks against a refit.
+    most of the atypical examples wrong, and so is misled, and the mean does not fall by half a one.  But one that is
+    not cheap is never worth it if the average over all examples loses more than the worst cell gains; or, where the
+    network gets two thirds of the atypical ones right, if that average falls and a class loses more than a tenth of its
+    typical ones.  Where each class has fewer than 5 atypical examples, nothing speaks against a refit.
 
     Args:
         right: ``(S,)`` bool, whether the refitted head is right on each example.
