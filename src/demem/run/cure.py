@@ -28,7 +28,7 @@ from demem.removal import (
 )
 from demem.report import group_word, reason
 from demem.run.data import RunData
-from demem.run.head import read_head, write_head
+from demem.run.head import gives_logits, read_head, write_head
 from demem.run.loaders import batches_of
 from demem.run.passes import undisturbed
 from demem.run.processes import copy_first
@@ -142,9 +142,14 @@ def _choice(data: RunData, choose: Choose, rounds: Sequence[Round], held_out: Ex
 def _read_held_out(data: RunData, groups: Groups, description: str) -> tuple[Examples, Tensor]:
     """What the head reads of the held-out examples, and their positions."""
     site = data.head_input
-    rows = data.held_out.read([site], description)
+    rows = data.held_out.read([site], description, logits=True)
     if not torch.equal(rows.y.cpu(), groups.held_out_y):
         raise changed_data()
+    if not gives_logits(read_head(data.head)(rows.activations[site.name]), rows.logits):
+        raise ValueError(
+            f"the head {data.head_name!r} gave the logits before training and no longer does by itself: another part "
+            "of the network (LoRA, a residual branch that started at zero) takes part in them."
+        )
     held_out = Examples(rows.activations[site.name], rows.y, groups.held_out.to(rows.y.device))
     if len(rows) <= HELD_OUT:
         return held_out, rows.position.cpu()
