@@ -90,6 +90,33 @@ def test_rows_are_those_of_a_plain_evaluation_and_the_run_is_left_as_it_was():
     assert "50 examples with groups" in repr(rows)
 
 
+class _Merging(nn.Linear):
+    """Adds a low-rank part to its weight for evaluation, as some LoRA layers do, and takes it off for training."""
+
+    merged = False
+
+    def train(self, mode=True):
+        if self.merged is mode:
+            self.weight.data += -1.0 if mode else 1.0
+            self.merged = not mode
+        return super().train(mode)
+
+
+def test_layers_that_change_with_the_mode_are_told_of_it():
+    module = Net()
+    module.body[0] = _Merging(6, 5)
+    weight = module.body[0].weight.detach().clone()
+
+    def read(data):
+        data.train.read([data.head_input])
+        assert not module.body[0].merged
+        assert module.body.training
+        assert torch.allclose(module.body[0].weight, weight, atol=1e-6)
+        return True
+
+    assert _with_data(read, module=module)
+
+
 def test_single_examples_and_evenly_spaced_ones():
     only = torch.tensor([3, 4, 30, 49])
     rows, few, most = _with_data(

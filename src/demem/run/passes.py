@@ -29,6 +29,7 @@ from demem.run.loaders import (
     reading,
     streaming,
 )
+from demem.sites import restore_modes
 from demem.tracing import select_rows
 
 _extra_passes = 0
@@ -81,8 +82,7 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, grad: bool =
                 yield
     finally:
         _extra_passes -= 1
-        for module, mode in modes:
-            module.training = mode
+        restore_modes(modes)
 
 
 def _without_fp16(trainer: pl.Trainer) -> torch.autocast:

@@ -102,6 +102,25 @@ def eager() -> Iterator[None]:
             _eager.pop().close()
 
 
+def restore_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    """Put every module in the mode that it had, by its own ``train`` where it does more than to note the mode (LoRA
+    layers that merge their weights for evaluation).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> modes = [(module, module.training) for module in model.modules()]
+        >>> _ = model.eval()
+        >>> restore_modes(modes)
+        >>> model[1].training
+        True
+    """
+    for module, mode in modes:
+        if type(module).train is not nn.Module.train:
+            module.train(mode)
+    for module, mode in modes:  # train() sets the modules within, too
+        module.training = mode
+
+
 class ActivationReader:
     """Context manager that collects the activations of several sites in one forward pass.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from demem.batch import Batch, apply_model, batch_size
-from demem.sites import ActivationReader, Site, eager
+from demem.sites import ActivationReader, Site, eager, restore_modes
 
 
 class Ranks(NamedTuple):
@@ -53,8 +53,7 @@ def evaluating(model: nn.Module, freeze: bool = True) -> Iterator[None]:
         with eager(), torch.inference_mode(False):
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        restore_modes(modes)
         for p, flag in wanted:
             p.requires_grad_(flag)
 
