@@ -358,6 +358,23 @@ def test_a_named_head_comes_before_an_embedding():
     assert monitor.history[-1]["worst_group_acc"] == pytest.approx(min(_truth(model.net)))
 
 
+@pytest.mark.parametrize("form", ["an embedding", "an embedding and logits"])
+def test_an_embedding_that_the_head_reads_is_not_taken_for_logits(form):
+    class Embeds(OwnModule):
+        def forward(self, x):
+            z = self.net[:2](x)
+            return z if form == "an embedding" else (z, self.net[2](input=z))
+
+        def validation_step(self, batch, batch_idx):
+            seen = self(batch[0])
+            if form == "an embedding":
+                self.net[2](seen)
+
+    model, monitor = Embeds(), WorstGroupMonitor()
+    _trainer(callbacks=[monitor], max_epochs=1).fit(model, _loader(X, Y, G), _loader(X, Y, G))
+    assert monitor.history[-1]["worst_group_acc"] == pytest.approx(min(_truth(model.net)))
+
+
 class _Write(pl.Callback):
     def __init__(self, path):
         self.path = path
