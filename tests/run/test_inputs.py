@@ -58,6 +58,17 @@ class Counts(Scaled):
         super().validation_step(batch, batch_idx)
 
 
+class Gathers(Scaled):
+    """The step fills a list that another hook of the validation makes."""
+
+    def on_validation_epoch_start(self):
+        self.outputs = []
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.outputs.append(len(batch[0]))
+
+
 def _logits(data):
     check_inputs(data)
     read = [split.read(logits=True).logits for split in (data.train, data.held_out)]
@@ -69,7 +80,7 @@ def _logits(data):
     return *read, expected, traces
 
 
-@pytest.mark.parametrize("module", [Scaled, ScaledForAPart, Cast, Counts])
+@pytest.mark.parametrize("module", [Scaled, ScaledForAPart, Cast, Counts, Gathers])
 def test_inputs_that_a_step_prepares_are_read_as_it_reads_them(module):
     examples = TensorDataset(BYTES.double() if module is Cast else BYTES, Y)
     loaders = {"train": DataLoader(examples, 16, shuffle=True), "held_out": DataLoader(examples, 16)}

@@ -56,13 +56,17 @@ def check_inputs(data: RunData) -> None:
         if steps:
             own, reason = _head_inputs(data, lambda: (call_model(data.model, x), call_model(data.model, x)))
             # A network that draws as it goes gives nothing to compare.
-            same = bool(own) and (not _same(own[0], own[-1]) or any(_same(a, b) for a in own for b in steps))
+            same = (
+                reason is None
+                and bool(own)
+                and (not _same(own[0], own[-1]) or any(_same(a, b) for a in own for b in steps))
+            )
         if trainer.strategy.reduce_boolean_decision(same):
             return
         for module in _callable_parts(data):
             inputs = inputs_in_step(trainer, pl_module, module)
-            seen, _ = _head_inputs(data, lambda read=inputs: call_model(data.model, read(raw)))  # type: ignore[misc]
-            explains = same or any(_same(a, b) for a in seen for b in steps)
+            seen, failed = _head_inputs(data, lambda read=inputs: call_model(data.model, read(raw)))  # type: ignore[misc]
+            explains = same or (failed is None and any(_same(a, b) for a in seen for b in steps))
             if trainer.strategy.reduce_boolean_decision(explains):
                 read_inputs_by(trainer, inputs)
                 return
@@ -111,7 +115,8 @@ def _callable_parts(data: RunData) -> list[nn.Module]:
 
 
 def _head_inputs(data: RunData, run: Callable[[], Any]) -> tuple[list[Tensor], str | None]:
-    """What the head reads while ``run`` runs; if that fails nothing, and why."""
+    """What the head reads while ``run`` runs, and why that failed; a step may fail after the head, for want of what
+    other hooks of a validation give it."""
     seen: list[Tensor] = []
     handle = data.head_input.hook(lambda x: seen.append(x.detach().clone()))
     try:
@@ -120,7 +125,7 @@ def _head_inputs(data: RunData, run: Callable[[], Any]) -> tuple[list[Tensor], s
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        return [], f"{type(error).__name__}: {error}"
+        return seen, f"{type(error).__name__}: {error}"
     finally:
         handle.remove()
     return seen, None
