@@ -17,6 +17,7 @@ from torch import Tensor
 
 from demem.batch import Batch, apply_model, batch_size
 from demem.callbacks.figures import log_figures
+from demem.report import check_writable
 from demem.run import (
     Rows,
     RunData,
@@ -175,10 +176,7 @@ class MemorizationTracer(Callback):
         self._try(data)
         folder = self._folder(trainer)
         if trainer.is_global_zero:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"The tracing report cannot be written to {folder}: {error}") from error
+            check_writable(folder)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         every = self.every_n_epochs

@@ -235,6 +235,7 @@ def restored_on_failure(
     part: nn.Module | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Put the parameters back and warn where the block fails: what goes wrong after training must not cost the run.
+    An interrupt puts them back, too, and goes on.
 
     Gives ``{name: value}`` of the parameters before it.
 
@@ -247,8 +248,10 @@ def restored_on_failure(
     before = {name: p.detach().clone() for name, p in pl_module.named_parameters() if id(p) in own}
     try:
         yield before
-    except Exception as error:
+    except BaseException as error:
         write_parameters(pl_module, before)
+        if not isinstance(error, Exception):
+            raise
         warnings.warn(
             f"MemorizationRemover {consequence}, because {type(error).__name__}: {error}",
             stacklevel=4,
@@ -258,17 +261,29 @@ def restored_on_failure(
 def read_examples(data: RunData, groups: Groups, positions: Tensor, seed: int) -> tuple[Examples, Examples, Tensor]:
     """What the head reads of some training examples of each group and of the held-out ones, and the latter's positions.
 
+    The arguments are those of :func:`read_training_examples`.
+    """
+    return read_training_examples(data, groups, positions, seed), *_read_held_out(data, groups, "tracing")
+
+
+def read_training_examples(data: RunData, groups: Groups, positions: Tensor, seed: int) -> Examples:
+    """What the head reads of some training examples of each group.
+
     Args:
         data: of the run.
         groups: of its training and held-out examples.
         positions: ``(S,)`` of the training examples in their data set, ascending.
         seed: of the draw of training examples.
+
+    Raises:
+        ValueError: the data are not those of the groups.
     """
     site = data.head_input
     few = few_of_each_group(groups.index, TRACED, torch.Generator().manual_seed(seed)).sort().values
     few = few[draw_evenly(groups.index[few], ROWS, torch.Generator().manual_seed(seed))]
+    if data.train.has_positions and len(data.train.loader.dataset) <= int(positions[-1]):  # type: ignore[arg-type]
+        raise changed_data()
     train = data.train.read([site], "tracing", only=positions[few])
-    held_out, held_out_positions = _read_held_out(data, groups, "tracing")
     read = train.position.cpu()
     if not bool(torch.isin(read, positions).all()):
         raise changed_data()
@@ -276,7 +291,7 @@ def read_examples(data: RunData, groups: Groups, positions: Tensor, seed: int) -
     if not torch.equal(train.y.cpu(), groups.y[where]):
         raise changed_data()
     index = groups.index[where].to(train.y.device)
-    return Examples(train.activations[site.name], train.y, index), held_out, held_out_positions
+    return Examples(train.activations[site.name], train.y, index)
 
 
 def changed_data() -> ValueError:
