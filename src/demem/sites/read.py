@@ -172,6 +172,11 @@ class ActivationReader:
         self._rows.clear()
         self._stack.close()
 
+    @property
+    def ran(self) -> bool:
+        """Whether any of the layers ran since the last call of :meth:`pop`."""
+        return bool(self._rows)
+
     def pop(self) -> dict[str, Tensor]:
         """Return ``{site name: (B, N)}`` of all forward passes since the last call, and forget them.
 
