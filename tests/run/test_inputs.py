@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pytorch_lightning.utilities import CombinedLoader
 from test_data import Net, X, Y, _with_data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -160,6 +161,28 @@ def test_an_unpack_batch_that_reads_another_loader_than_the_first_is_refused():
 class Squeezes(Net):
     def forward(self, x):
         return self.head(self.body(x)[:, None].squeeze())
+
+
+class JointBytes(Scaled):
+    """Validation loaders are read together, too, and the steps prepare the inputs."""
+
+    def unpack_batch(self, batch):
+        return batch["labelled"]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["labelled"], batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch["labelled"], batch_idx)
+
+
+def test_validation_batches_that_are_read_together():
+    loaders = [{"labelled": DataLoader(TensorDataset(BYTES, Y), 16), "others": DataLoader(X, 8)} for _ in range(2)]
+    train, held_out, expected, _ = _with_data(
+        _logits, module=JointBytes(), train=loaders[0], held_out=CombinedLoader(loaders[1], "max_size_cycle")
+    )
+    assert torch.allclose(train, expected, atol=1e-5)
+    assert torch.allclose(held_out, expected, atol=1e-5)
 
 
 def test_no_batch_has_a_single_example():

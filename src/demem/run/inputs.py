@@ -17,6 +17,7 @@ from torchmetrics import Metric
 
 from demem.batch import call_model
 from demem.run.data import RunData
+from demem.run.loaders import as_step_batch
 from demem.run.passes import device_batches, in_stage, read_inputs_by, undisturbed
 from demem.sites import eager
 
@@ -145,7 +146,9 @@ def _step(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Non
     taken = len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) - 1
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         taken = 2
-    batch = apply_to_collection(batch, Tensor, Tensor.clone)  # a step may pop from it, or change it in place
+    batch = apply_to_collection(
+        as_step_batch(trainer, batch), Tensor, Tensor.clone
+    )  # a step may pop from it, or change it in place
     with in_stage(trainer, RunningStage.SANITY_CHECKING):
         step(_shadow(pl_module), *(batch, 0, 0)[:taken])
 
