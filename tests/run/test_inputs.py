@@ -1,5 +1,7 @@
 """What the passes read where a step prepares its inputs, or batches have other forms than the plain ones."""
 
+import copy
+
 import pytest
 import torch
 from pytorch_lightning.utilities import CombinedLoader
@@ -114,6 +116,49 @@ def test_a_step_that_nothing_explains_is_refused_with_the_way_out():
 
     with pytest.raises(ValueError, match=r"reads something else. Define `unpack_batch\(self, batch\)` on Detour"):
         _with_data(check_inputs, module=Detour())
+
+
+class Two(Net):
+    """Reads two inputs, of which the second looks as labels do; the labels come third."""
+
+    def forward(self, x, kind):
+        return super().forward(x + kind[:, None])
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0], batch[1])
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0], batch[1]), batch[2])
+
+
+class TwoUnpacked(Two):
+    def unpack_batch(self, batch):
+        return {"x": batch[0], "kind": batch[1]}, batch[2], None
+
+
+def test_a_second_input_is_not_taken_for_the_labels():
+    loaders = [DataLoader(TensorDataset(X, 1 - Y, Y), 16) for _ in range(2)]
+    with pytest.raises(ValueError, match="reads the second part of the batch, which demem takes for the labels"):
+        _with_data(check_inputs, loaders[0], loaders[1], module=Two())
+
+    def read(data):
+        check_inputs(data)
+        return data.held_out.read().y
+
+    assert torch.equal(_with_data(read, *loaders, module=TwoUnpacked()), Y)
+
+
+def test_a_step_that_calls_an_average_of_the_network_is_told_of_its_head():
+    class Averages(Net):
+        def __init__(self):
+            super().__init__()
+            self.average = copy.deepcopy(nn.Sequential(self.body, self.head))
+
+        def validation_step(self, batch, batch_idx):
+            self.average(batch[0])
+
+    with pytest.raises(ValueError, match=r"'average\.1' does not give the logits. Pass head='head'"):
+        _with_data(check_inputs, module=Averages())
 
 
 def test_a_step_that_fails_by_itself_or_does_not_call_the_head_is_no_reason_to_refuse():

@@ -83,7 +83,7 @@ class WorstGroupMonitor(Callback):
         self._sizes = TrainingSizes()
         self._alone = True
         self._validating: Any = None
-        self._told = self._told_lost = False
+        self._told = self._told_lost = self._told_labels = False
         self._counted = False  # predictions have been seen
 
     @property
@@ -205,12 +205,24 @@ class WorstGroupMonitor(Callback):
             self._predictions.stop()
             return
         y, group = self._unpack(trainer, pl_module, stage, batch)
+        self._tell_of_labels(pl_module, batch)
         preds = self._predictions.read(outputs, len(y))
         if preds.is_floating_point() and not bool(torch.isfinite(preds).all()):
             preds = self._wrong_where_not_finite(preds, y)
         self._reports[stage].update(preds, y, group)
         self._counted = True
         self._predictions.stop()
+
+    def _tell_of_labels(self, pl_module: pl.LightningModule, batch: Any) -> None:
+        """A batch ``(image, age, label)`` looks as ``(x, y, group)`` does."""
+        own = callable(getattr(pl_module, "unpack_batch", None))
+        if own or self._told_labels or not isinstance(batch, list | tuple) or not self._predictions.was_given(batch[1]):
+            return
+        rank_zero_warn(
+            "WorstGroupMonitor: the network reads the second part of the batch, which is taken for the labels. If they "
+            "are elsewhere, define `unpack_batch(self, batch)` on your module and return (x, y, group or None)."
+        )
+        self._told_labels = True
 
     def _wrong_where_not_finite(self, preds: Tensor, y: Tensor) -> Tensor:
         """Predictions that are NaN or infinite count as wrong, and cost no run."""

@@ -58,19 +58,29 @@ def check_head(
                 "cannot be refitted. Leave the head out of parameters_to_prune."
             )
     model = model_with_head(pl_module, head)
-    layers = named_layers(model)
     with undisturbed(trainer, pl_module):
         batches = [batch.x for _, batch in islice(examples(trainer, pl_module, loader), 1)]
-        found = [deciding_heads(model, x) for x in batches]
-        decides = all(any(layers[other] is head for other in others) for others in found)
-        linear = not decides or all(_is_linear(model, head, x) for x in batches)
+    require_deciding(trainer, pl_module, name, head, batches)
+    with undisturbed(trainer, pl_module):
+        linear = all(_is_linear(model, head, x) for x in batches)
+    if not trainer.strategy.reduce_boolean_decision(linear):
+        raise ValueError(f"The output of the head {name!r} is not weight · x + bias, so it cannot be refitted.")
+
+
+def require_deciding(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, head: nn.Module, inputs: list[Any]
+) -> None:
+    """Refuse a head whose output is not the logits of these inputs; the message names the layer that gives them."""
+    model = model_with_head(pl_module, head)
+    layers = named_layers(model)
+    with undisturbed(trainer, pl_module):
+        found = [deciding_heads(model, x) for x in inputs]
+    decides = all(any(layers[other] is head for other in others) for others in found)
     if not trainer.strategy.reduce_boolean_decision(decides):
         prefix = next((f"{n}." for n, module in named_layers(pl_module).items() if module is model), "")
         others = [prefix + other for others in found for other in others]
         hint = f"Pass head={others[0]!r}, which does." if others else "Let forward return the logits of one head."
         raise ValueError(f"The linear layer {name!r} does not give the logits. {hint}")
-    if not trainer.strategy.reduce_boolean_decision(linear):
-        raise ValueError(f"The output of the head {name!r} is not weight · x + bias, so it cannot be refitted.")
 
 
 def _check_own_parameters(pl_module: nn.Module, name: str, head: nn.Linear) -> None:

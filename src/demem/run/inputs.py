@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -17,6 +17,7 @@ from torchmetrics import Metric
 
 from demem.batch import call_model
 from demem.run.data import RunData
+from demem.run.head import require_deciding
 from demem.run.loaders import as_step_batch
 from demem.run.passes import device_batches, in_stage, read_inputs_by, undisturbed
 from demem.sites import eager
@@ -69,8 +70,13 @@ def check_inputs(data: RunData) -> None:
             seen, failed = _head_inputs(data, lambda read=inputs: call_model(data.model, read(raw)))  # type: ignore[misc]
             explains = same or (failed is None and any(_same(a, b) for a in seen for b in steps))
             if trainer.strategy.reduce_boolean_decision(explains):
+                _check_labels(pl_module, raw, inputs)
                 read_inputs_by(trainer, inputs)
                 return
+    if trainer.strategy.reduce_boolean_decision(
+        reason is None
+    ):  # perhaps the step calls a copy of the network (an average, a teacher), and the head is its
+        require_deciding(trainer, pl_module, data.head_name, data.head, [x])
     found = "the head then reads something else" if reason is None else f"that fails ({reason})"
     raise ValueError(
         f"The validation step prepares the inputs of {type(data.model).__name__} (flattens, casts, scales …): demem "
@@ -99,6 +105,20 @@ def inputs_in_step(trainer: pl.Trainer, pl_module: pl.LightningModule, module: n
         raise ValueError(f"The validation step does not call {type(module).__name__}.")
 
     return read
+
+
+def _check_labels(pl_module: pl.LightningModule, batch: Any, inputs: Callable[[Any], Any]) -> None:
+    """Refuse batches such as ``(image, age, label)``, whose second part is an input of the network and no label."""
+    if not isinstance(batch, list | tuple) or callable(getattr(pl_module, "unpack_batch", None)):
+        return
+    given = inputs(batch)
+    values = given.values() if isinstance(given, Mapping) else [given]
+    if any(isinstance(v, Tensor) and v.shape == batch[1].shape and torch.equal(v, batch[1]) for v in values):
+        raise ValueError(
+            "The network reads the second part of the batch, which demem takes for the labels. Define "
+            f"`unpack_batch(self, batch)` on {type(pl_module).__name__} and return (inputs, labels, group or None); "
+            "several inputs are a dict {parameter of forward: value}."
+        )
 
 
 class _Reached(Exception):

@@ -41,7 +41,7 @@ class PredictionReader:
     def __init__(self, head: str | None = None, ignore: Callable[[], bool] = _never) -> None:
         self.head = head
         self.ignore = ignore
-        self._seen: dict[str, list[Any]] = {"module": [], "head": [], "read by the head": []}
+        self._seen: dict[str, list[Any]] = {"module": [], "head": [], "read by the module": [], "read by the head": []}
         self._handles: list[RemovableHandle] = []
 
     def start(self, module: nn.Module) -> None:
@@ -71,7 +71,7 @@ class PredictionReader:
     @property
     def ran(self) -> bool:
         """Whether the module or its head ran since :meth:`start`."""
-        return any(self._seen.values())
+        return bool(self._seen["module"] or self._seen["head"])
 
     def read(self, outputs: Any, size: int) -> Tensor:
         """Predictions of the step that ran since :meth:`start`.
@@ -109,10 +109,13 @@ class PredictionReader:
         def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self.ignore():
                 self._seen[place].append(output)
-                if place == "head":
-                    self._seen["read by the head"] += [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+                self._seen[f"read by the {place}"] += [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
         return keep
+
+    def was_given(self, value: Any) -> bool:
+        """Whether the module's ``forward`` was called with this very tensor since :meth:`start`."""
+        return any(x is value for x in self._seen["read by the module"])
 
     def _is_read_by_the_head(self, output: Tensor) -> bool:
         return any(x.shape == output.shape and torch.equal(x, output) for x in self._seen["read by the head"])
