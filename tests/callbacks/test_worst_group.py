@@ -609,15 +609,16 @@ def test_a_module_that_unpacks_its_batches_may_have_no_groups():
         _trainer(callbacks=[monitor]).test(OwnModule(), _loader(X, Y, torch.rand(N)), verbose=False)
 
 
-def test_a_network_that_reads_what_is_taken_for_the_labels_is_told_of():
+@pytest.mark.parametrize(("part", "told"), [(1, "second part of .* the labels"), (2, "third part of .* the groups")])
+def test_a_network_that_reads_what_is_taken_for_labels_or_groups_is_told_of(part, told):
     class Two(OwnModule):
         def forward(self, x, kind):
             return self.net(x) + kind[:, None]
 
         def validation_step(self, batch, batch_idx):
-            self(batch[0], batch[1])
+            self(batch[0], batch[part])
 
-    with pytest.warns(UserWarning, match="reads the second part of the batch"):
+    with pytest.warns(UserWarning, match=told):
         _trainer(callbacks=[WorstGroupMonitor()], max_epochs=1).fit(Two(), _loader(X, Y, G), _loader(X, Y, G))
 
 

@@ -53,8 +53,12 @@ class Counts(Scaled):
     def __init__(self):
         super().__init__()
         self.mean, self.seen, self.logged = MeanMetric(), [], 0
+        self.register_buffer("steps", torch.zeros(1))
+        self.register_buffer("others", torch.zeros(1))
 
     def validation_step(self, batch, batch_idx):
+        self.steps += 1
+        self.others = self.others + 1
         self.mean(batch[0].mean())
         self.seen.append(len(batch[0]))
         self.log("val", 1.0)
@@ -77,6 +81,7 @@ def _logits(data):
     read = [split.read(logits=True).logits for split in (data.train, data.held_out)]
     mean = getattr(data.pl_module, "mean", None)
     traces = list(getattr(data.pl_module, "seen", [])), getattr(mean, "update_count", 0)
+    assert not any(value.any() for value in data.pl_module.buffers(recurse=False))
     with torch.no_grad():
         expected = data.pl_module.eval()(BYTES / 50)
     data.pl_module.train()

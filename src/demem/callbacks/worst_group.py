@@ -83,7 +83,7 @@ class WorstGroupMonitor(Callback):
         self._sizes = TrainingSizes()
         self._alone = True
         self._validating: Any = None
-        self._told = self._told_lost = self._told_labels = False
+        self._told = self._told_lost = self._told_inputs = False
         self._counted = False  # predictions have been seen
 
     @property
@@ -205,7 +205,7 @@ class WorstGroupMonitor(Callback):
             self._predictions.stop()
             return
         y, group = self._unpack(trainer, pl_module, stage, batch)
-        self._tell_of_labels(pl_module, batch)
+        self._tell_of_inputs(pl_module, batch)
         preds = self._predictions.read(outputs, len(y))
         if preds.is_floating_point() and not bool(torch.isfinite(preds).all()):
             preds = self._wrong_where_not_finite(preds, y)
@@ -213,16 +213,19 @@ class WorstGroupMonitor(Callback):
         self._counted = True
         self._predictions.stop()
 
-    def _tell_of_labels(self, pl_module: pl.LightningModule, batch: Any) -> None:
-        """A batch ``(image, age, label)`` looks as ``(x, y, group)`` does."""
+    def _tell_of_inputs(self, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Batches ``(image, age, label)`` and ``(tokens, label, length)`` look as ``(x, y, group)`` does."""
         own = callable(getattr(pl_module, "unpack_batch", None))
-        if own or self._told_labels or not isinstance(batch, list | tuple) or not self._predictions.was_given(batch[1]):
+        if own or self._told_inputs or not isinstance(batch, list | tuple):
             return
-        rank_zero_warn(
-            "WorstGroupMonitor: the network reads the second part of the batch, which is taken for the labels. If they "
-            "are elsewhere, define `unpack_batch(self, batch)` on your module and return (x, y, group or None)."
-        )
-        self._told_labels = True
+        for part, place, what in zip(batch[1:3], ("second", "third"), ("labels", "groups"), strict=False):
+            if isinstance(part, Tensor) and self._predictions.was_given(part):
+                rank_zero_warn(
+                    f"WorstGroupMonitor: the network reads the {place} part of the batch, which is taken for the "
+                    f"{what}. If these are elsewhere, define `unpack_batch(self, batch)` on your module and return "
+                    "(x, y, group or None)."
+                )
+                self._told_inputs = True
 
     def _wrong_where_not_finite(self, preds: Tensor, y: Tensor) -> Tensor:
         """Predictions that are NaN or infinite count as wrong, and cost no run."""

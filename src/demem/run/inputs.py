@@ -13,6 +13,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.trainer.states import RunningStage
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from demem.batch import call_model
@@ -169,8 +170,14 @@ def _step(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Non
     batch = apply_to_collection(
         as_step_batch(trainer, batch), Tensor, Tensor.clone
     )  # a step may pop from it, or change it in place
-    with in_stage(trainer, RunningStage.SANITY_CHECKING):
-        step(_shadow(pl_module), *(batch, 0, 0)[:taken])
+    buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers() if not is_lazy(buffer)]
+    try:
+        with in_stage(trainer, RunningStage.SANITY_CHECKING):
+            step(_shadow(pl_module), *(batch, 0, 0)[:taken])
+    finally:
+        for buffer, before in buffers:  # a step may count in one
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
 
 
 def _shadow(pl_module: pl.LightningModule) -> pl.LightningModule:
@@ -180,6 +187,7 @@ def _shadow(pl_module: pl.LightningModule) -> pl.LightningModule:
     for name, value in vars(pl_module).items():
         if isinstance(value, list | dict | set) and not name.startswith("_"):
             shadow.__dict__[name] = copy.copy(value)
+    shadow._buffers = dict(pl_module._buffers)
     shadow._modules = {
         name: copy.deepcopy(child, dict(kept)) if _counts(child) else child
         for name, child in pl_module._modules.items()
