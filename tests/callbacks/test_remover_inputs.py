@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_remover import MANY, TRAIN, VAL, Net, _fit, _loaders, _Save, _set, _worst, masks  # noqa: F401
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from demem.callbacks import MemorizationRemover
 
@@ -59,6 +59,17 @@ def test_held_out_examples_are_those_that_the_sampler_draws_from(kind):
     _fit(remover, epochs=1, loaders=loaders | {"val_dataloaders": DataLoader(everything, **options)})
     _fit(expected, epochs=1)
     assert torch.equal(remover.groups.held_out, expected.groups.held_out)
+
+
+def test_data_sets_that_do_not_say_how_long_they_are():
+    class Endless(Dataset):
+        def __getitem__(self, position):
+            return TRAIN[position]
+
+    sampler, remover = SubsetRandomSampler(range(len(TRAIN))), MemorizationRemover(use_groups=True)
+    with pytest.warns(UserWarning, match="does not rebalance: .* a sampler of its own"):
+        _fit(remover, epochs=1, loaders=_loaders() | {"train_dataloaders": DataLoader(Endless(), 32, sampler=sampler)})
+    assert remover.rounds
 
 
 def test_limited_batches_of_sorted_data_hold_every_class():

@@ -29,7 +29,7 @@ from demem.removal import (
 from demem.report import group_word, reason
 from demem.run.data import RunData
 from demem.run.head import gives_logits, read_head, write_head
-from demem.run.loaders import batches_of
+from demem.run.loaders import batches_of, size_of
 from demem.run.passes import undisturbed
 from demem.run.processes import copy_first
 from demem.sites import Gates, remove_gates
@@ -281,7 +281,7 @@ def read_training_examples(data: RunData, groups: Groups, positions: Tensor, see
     site = data.head_input
     few = few_of_each_group(groups.index, TRACED, torch.Generator().manual_seed(seed)).sort().values
     few = few[draw_evenly(groups.index[few], ROWS, torch.Generator().manual_seed(seed))]
-    if data.train.has_positions and len(data.train.loader.dataset) <= int(positions[-1]):  # type: ignore[arg-type]
+    if data.train.has_positions and size_of(data.train.loader) <= int(positions[-1]):
         raise changed_data()
     train = data.train.read([site], "tracing", only=positions[few])
     read = train.position.cpu()

@@ -86,8 +86,17 @@ def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
     return loader
 
 
+def size_of(loader: DataLoader[Any]) -> float:
+    """Examples of the loader's data set; infinity where it does not say (a sampler may know instead).
+
+    >>> size_of(DataLoader([1, 2, 3]))
+    3
+    """
+    return len(loader.dataset) if hasattr(loader.dataset, "__len__") else float("inf")
+
+
 def _is_empty(loader: DataLoader[Any]) -> bool:
-    return has_positions(loader) and hasattr(loader.dataset, "__len__") and len(loader.dataset) == 0
+    return has_positions(loader) and size_of(loader) == 0
 
 
 def kept_back_positions(trainer: pl.Trainer, share: float | None, seed: int, default: float = 0.2) -> Tensor | None:
