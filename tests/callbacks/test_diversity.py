@@ -177,16 +177,54 @@ def test_runs_in_a_lightning_pytorch_trainer():
     assert "diversity/entropy/fc:input" in trainer.callback_metrics
 
 
-def test_nan_is_refused_with_the_name_of_the_site():
+def test_nan_is_named_with_its_site_and_costs_no_run(tmp_path):
     pl.seed_everything(0, verbose=False)
     model = Net()
     with torch.no_grad():
         model.net[3].weight[0, 0] = float("nan")
     model.training_step = lambda batch, batch_idx: None
-    monitor = ActivationDiversityMonitor()
-    trainer = pl.Trainer(**QUIET, max_epochs=1, num_sanity_val_steps=0, callbacks=[monitor])
-    with pytest.raises(ValueError, match=r"site 'net\.3' are NaN or infinite"):
+    keep = ModelCheckpoint(tmp_path, monitor="diversity/mi")
+    options = QUIET | {"enable_checkpointing": True}
+    trainer = pl.Trainer(**options, max_epochs=1, callbacks=[ActivationDiversityMonitor(), keep])
+    with pytest.warns(UserWarning, match=r"measures nothing, because .* site 'net\.3' are NaN or infinite"):
         trainer.fit(model, **loaders())
+    with pytest.raises(ValueError, match=r"site 'net\.3' are NaN or infinite"):
+        trainer.validate(model, loaders()["val_dataloaders"], verbose=False)
+
+
+def test_batches_that_a_step_leaves_out():
+    class Skips(Net):
+        def validation_step(self, batch, batch_idx):
+            return None if batch_idx == 3 else super().validation_step(batch, batch_idx)
+
+    monitor = ActivationDiversityMonitor()
+    pl.Trainer(**QUIET, max_epochs=1, callbacks=[monitor]).fit(Skips(), **loaders())
+    assert monitor.history[0]["num_examples"] == 101 - 16
+
+
+class Sets(Net):
+    """An example is a set of three rows, of which the body reads one at a time."""
+
+    def forward(self, x):
+        return self.fc(self.net(x.view(-1, 2).repeat(1, 3)).view(len(x), 3, -1).mean(1))
+
+
+@pytest.mark.parametrize("sanity", [2, 0])
+def test_layers_that_have_not_one_row_for_each_example_are_left_out_unless_named(sanity):
+    def watched(layers=None):
+        monitor = ActivationDiversityMonitor(layers)
+        trainer = pl.Trainer(**QUIET, max_epochs=1, num_sanity_val_steps=sanity, callbacks=[monitor])
+        trainer.fit(Sets(), **loaders())
+        return monitor
+
+    assert list(watched().latest.entropy) == ["fc:input"]
+    expected = (
+        pytest.warns(UserWarning, match="different numbers of rows")
+        if sanity == 0
+        else pytest.raises(ValueError, match="different numbers of rows")
+    )
+    with expected:
+        watched(["net.0", "fc:input"])
 
 
 @pytest.mark.parametrize(

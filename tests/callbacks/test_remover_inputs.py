@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_remover import MANY, TRAIN, VAL, Net, _fit, _loaders, _Save, _set, _worst, masks  # noqa: F401
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from demem.callbacks import MemorizationRemover
 
@@ -59,6 +59,17 @@ def test_held_out_examples_are_those_that_the_sampler_draws_from(kind):
     _fit(remover, epochs=1, loaders=loaders | {"val_dataloaders": DataLoader(everything, **options)})
     _fit(expected, epochs=1)
     assert torch.equal(remover.groups.held_out, expected.groups.held_out)
+
+
+def test_data_sets_that_do_not_say_how_long_they_are():
+    class Endless(Dataset):
+        def __getitem__(self, position):
+            return TRAIN[position]
+
+    sampler, remover = SubsetRandomSampler(range(len(TRAIN))), MemorizationRemover(use_groups=True)
+    with pytest.warns(UserWarning, match="does not rebalance: .* a sampler of its own"):
+        _fit(remover, epochs=1, loaders=_loaders() | {"train_dataloaders": DataLoader(Endless(), 32, sampler=sampler)})
+    assert remover.rounds
 
 
 def test_limited_batches_of_sorted_data_hold_every_class():
@@ -153,6 +164,37 @@ def test_a_head_that_another_callback_prunes_is_refused():
     assert remover.rounds
 
 
+@pytest.mark.parametrize("form", ["compiled", "two names"])
+def test_a_head_of_two_names_is_not_tied(form):
+    module = Net()
+    if form == "compiled":
+        module.net = torch.compile(module.net, backend="eager")
+    else:
+        module.classifier = module.net[4]
+    remover = MemorizationRemover()
+    _fit(remover, module, epochs=1)
+    assert remover.rounds
+
+
+def test_a_head_that_another_branch_joins_in_training_is_left_as_trained():
+    class Residual(Net):
+        def __init__(self):
+            super().__init__()
+            self.skip = nn.Linear(12, 2)
+            nn.init.zeros_(self.skip.weight), nn.init.zeros_(self.skip.bias)
+
+        def forward(self, x):
+            return self.net(x) + self.skip(x)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 0.05)
+
+    remover = MemorizationRemover(head="net.4", use_groups=True)
+    with pytest.warns(UserWarning, match="no longer does by itself"):
+        _fit(remover, Residual(), epochs=2)
+    assert not remover.rounds
+
+
 def test_a_head_with_tied_weights_is_refused():
     class Tied(Net):
         def __init__(self):
@@ -236,6 +278,17 @@ class _Headed(Net):
         self.net[4] = head
 
 
+class _Lora(nn.Linear):
+    """A plain head until it is trained."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.ones(1, inputs)), nn.Parameter(torch.zeros(outputs, 1))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
 class _Cosine(nn.Linear):
     def forward(self, x):
         return 5 * F.linear(F.normalize(x), F.normalize(self.weight))
@@ -246,8 +299,9 @@ class _Cosine(nn.Linear):
     [
         (nn.utils.parametrizations.weight_norm(nn.Linear(16, 2)), "computed from others"),
         (_Cosine(16, 2), "is not weight · x"),
+        (_Lora(16, 2), "has the parameters down, up beside weight and bias"),
     ],
-    ids=["weight norm", "cosine"],
+    ids=["weight norm", "cosine", "LoRA"],
 )
 def test_heads_that_cannot_be_refitted(head, reason):
     with pytest.raises(ValueError, match=reason):

@@ -235,6 +235,33 @@ def test_a_training_step_that_skips_batches():
     assert monitor.history[-1]["avg_acc"] == pytest.approx(float((model(X).argmax(1) == Y)[kept].float().mean()))
 
 
+def test_a_validation_step_that_skips_batches():
+    class Skips(OwnModule):
+        def validation_step(self, batch, batch_idx):
+            return None if batch_idx == 3 else super().validation_step(batch, batch_idx)
+
+    model, monitor = Skips(), WorstGroupMonitor()
+    _trainer(callbacks=[monitor], max_epochs=1).fit(model, _loader(X, Y, G), _loader(X, Y, G))
+    kept = torch.cat([torch.arange(21), torch.arange(28, N)])
+    assert monitor.history[-1]["avg_acc"] == pytest.approx(float((model(X).argmax(1) == Y)[kept].float().mean()))
+
+
+@pytest.mark.parametrize("form", [lambda z: z, lambda z: z[:, :1], lambda z: z.argmax(1).float() + z[:, 0] * 0])
+def test_predictions_that_are_not_finite_count_as_wrong(form):
+    class Diverges(OwnModule):
+        def validation_step(self, batch, batch_idx):
+            logits = self.net(batch[0])
+            logits = torch.where((batch[0][:, 2] > 0)[:, None], logits * torch.nan, logits)
+            return {"preds" if form(logits).ndim == 1 else "logits": form(logits)}
+
+    model, monitor = Diverges(), WorstGroupMonitor()
+    with pytest.warns(UserWarning, match="count as wrong"):
+        _trainer(callbacks=[monitor], max_epochs=1).fit(model, _loader(X, Y, G), _loader(X, Y, G))
+    z = form(model(X))
+    right = ((z[:, 0] > 0).long() if z.ndim == 2 and z.shape[1] == 1 else z.argmax(1) if z.ndim == 2 else z) == Y
+    assert monitor.history[-1]["avg_acc"] == pytest.approx(float((right & (X[:, 2] <= 0)).float().mean()))
+
+
 class Returns(OwnModule):
     """``form`` makes of two logits what the validation step returns as ``preds``."""
 
@@ -354,6 +381,23 @@ def test_a_named_head_comes_before_an_embedding():
             self.net[2](self(batch[0]))
 
     model, monitor = Embeds(), WorstGroupMonitor(head="net.2")
+    _trainer(callbacks=[monitor], max_epochs=1).fit(model, _loader(X, Y, G), _loader(X, Y, G))
+    assert monitor.history[-1]["worst_group_acc"] == pytest.approx(min(_truth(model.net)))
+
+
+@pytest.mark.parametrize("form", ["an embedding", "an embedding and logits"])
+def test_an_embedding_that_the_head_reads_is_not_taken_for_logits(form):
+    class Embeds(OwnModule):
+        def forward(self, x):
+            z = self.net[:2](x)
+            return z if form == "an embedding" else (z, self.net[2](input=z))
+
+        def validation_step(self, batch, batch_idx):
+            seen = self(batch[0])
+            if form == "an embedding":
+                self.net[2](seen)
+
+    model, monitor = Embeds(), WorstGroupMonitor()
     _trainer(callbacks=[monitor], max_epochs=1).fit(model, _loader(X, Y, G), _loader(X, Y, G))
     assert monitor.history[-1]["worst_group_acc"] == pytest.approx(min(_truth(model.net)))
 
@@ -563,6 +607,32 @@ def test_a_module_that_unpacks_its_batches_may_have_no_groups():
     assert "worst_class_acc" in monitor.history[-1]
     with pytest.raises(ValueError, match="unpack_batch"):
         _trainer(callbacks=[monitor]).test(OwnModule(), _loader(X, Y, torch.rand(N)), verbose=False)
+
+
+@pytest.mark.parametrize(("part", "told"), [(1, "second part of .* the labels"), (2, "third part of .* the groups")])
+def test_a_network_that_reads_what_is_taken_for_labels_or_groups_is_told_of(part, told):
+    class Two(OwnModule):
+        def forward(self, x, kind):
+            return self.net(x) + kind[:, None]
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0], batch[part])
+
+    with pytest.warns(UserWarning, match=told):
+        _trainer(callbacks=[WorstGroupMonitor()], max_epochs=1).fit(Two(), _loader(X, Y, G), _loader(X, Y, G))
+
+
+def test_validation_batches_of_a_loader_of_another_kind():
+    class Halves:
+        def __iter__(self):
+            return iter([(X[::2], Y[::2], G[::2]), (X[1::2], Y[1::2], G[1::2])])
+
+        def __len__(self):
+            return 2
+
+    model, monitor = OwnModule(), WorstGroupMonitor()
+    _trainer(callbacks=[monitor], max_epochs=1, num_sanity_val_steps=0).fit(model, _loader(X, Y, G), Halves())
+    assert monitor.history[-1]["worst_group_acc"] == pytest.approx(min(_truth(model)))
 
 
 def test_a_step_that_fails_leaves_no_hooks():

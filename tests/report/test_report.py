@@ -380,6 +380,14 @@ def test_show_comes_before_the_inputs(tmp_path):
         assert e.text == f"{e.split} {e.position}" if e.position % 2 else e.row
 
 
+def test_a_place_where_nothing_can_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="MemorizationRemover: The report cannot be written to"):
+        fit(tmp_path, *KINDS["rows"], remover=MemorizationRemover(report=tmp_path / "taken" / "report.html"))
+    remover = fit(tmp_path, *KINDS["rows"], remover=MemorizationRemover(report=tmp_path / "new" / "report.html"))
+    assert remover.reporter.path.is_file()
+
+
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "page.html"
     write_whole(path, "as it was")

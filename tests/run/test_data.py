@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset, default_collate
 
 from demem.run import RunData, UnevenRows, isolated_rng
 from demem.sites import find_sites
@@ -88,6 +88,97 @@ def test_rows_are_those_of_a_plain_evaluation_and_the_run_is_left_as_it_was():
     assert torch.equal(rows.group, GROUP)
     assert torch.equal(rows.position, torch.arange(50))
     assert "50 examples with groups" in repr(rows)
+
+
+class _Merging(nn.Linear):
+    """Adds a low-rank part to its weight for evaluation, as some LoRA layers do, and takes it off for training."""
+
+    merged = False
+
+    def train(self, mode=True):
+        if self.merged is mode:
+            self.weight.data += -1.0 if mode else 1.0
+            self.merged = not mode
+        return super().train(mode)
+
+
+def test_layers_that_change_with_the_mode_are_told_of_it():
+    module = Net()
+    module.body[0] = _Merging(6, 5)
+    weight = module.body[0].weight.detach().clone()
+
+    def read(data):
+        data.train.read([data.head_input])
+        assert not module.body[0].merged
+        assert module.body.training
+        assert torch.allclose(module.body[0].weight, weight, atol=1e-6)
+        return True
+
+    assert _with_data(read, module=module)
+
+
+class _Stream(IterableDataset):
+    def __iter__(self):
+        return zip(X, Y, GROUP, strict=True)
+
+
+class _Drawn(torch.utils.data.Sampler):
+    """Draws with a generator of its own."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __iter__(self):
+        return iter(torch.randperm(50, generator=self.generator).tolist())
+
+    def __len__(self):
+        return 50
+
+
+@pytest.mark.parametrize("kind", ["stream", "batches by the data set", "sampler"])
+def test_generators_of_the_loader_and_its_samplers_are_left_alone(kind):
+    data, own = TensorDataset(X, Y, GROUP), torch.Generator().manual_seed(2)
+    sampler = _Drawn()
+    loader = {
+        "stream": lambda: DataLoader(_Stream(), 16, generator=own),
+        "batches by the data set": lambda: DataLoader(
+            data, None, sampler=BatchSampler(RandomSampler(data, generator=own), 16, False)
+        ),
+        "sampler": lambda: DataLoader(data, 16, sampler=sampler),
+    }[kind]()
+
+    def read(loaded):
+        before = own.get_state(), sampler.generator.get_state()
+        y = [loaded.held_out.read().y for _ in range(2)]
+        assert all(
+            torch.equal(*pair) for pair in zip(before, (own.get_state(), sampler.generator.get_state()), strict=True)
+        )
+        return y
+
+    first, second = _with_data(read, held_out=loader)
+    assert torch.equal(first, second)
+
+
+def test_a_data_set_that_is_read_by_other_keys_than_integers_is_refused_with_the_way_out():
+    class Pairs(_Drawn):
+        def __iter__(self):
+            return ((position, 6) for position in super().__iter__())
+
+    class Cropped(torch.utils.data.Dataset):
+        def __getitem__(self, key):
+            position, size = key
+            return X[position][:size], Y[position]
+
+        def __len__(self):
+            return 50
+
+    with pytest.raises(ValueError, match=r"Cropped cannot be read by .* sampler Pairs may draw other keys"):
+        _with_data(lambda data: data.train.read(), train=DataLoader(Cropped(), 16, sampler=Pairs()))
+
+
+def test_validation_data_without_examples_are_none():
+    with pytest.raises(ValueError, match="demem needs held-out examples"):
+        _with_data(lambda data: data.held_out, held_out=DataLoader(TensorDataset(X[:0], Y[:0]), 16))
 
 
 def test_single_examples_and_evenly_spaced_ones():

@@ -91,6 +91,14 @@ def test_choose_by_loss_agrees_with_margin_for_two_classes():
     assert torch.equal(choose_atypical("loss", logits, y), choose_atypical("margin", logits, y))
 
 
+def test_classes_that_do_not_occur_have_no_atypical_examples():
+    y = torch.arange(20) % 2
+    logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.bincount(y[choose_atypical("margin", logits, y)]).tolist() == [2, 2]
+    with pytest.raises(ValueError, match=r"\[2, 3, 4\] do not occur"):
+        choose_atypical("margin", logits, y, num_classes=5)
+
+
 def test_select_rows_of_any_batch():
     batch = Batch({"a": torch.arange(6).view(3, 2), "n": 5}, torch.tensor([0, 1, 2]), torch.tensor([4, 5, 6]))
     part = select_rows(batch, torch.tensor([True, False, True]))

@@ -1,6 +1,7 @@
 """Every fast score against a slow, obvious one."""
 
 import weakref
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from demem.batch import Batch
 from demem.sites import find_sites
@@ -30,6 +32,7 @@ from demem.tracing import (
     random_units,
     read_features,
     score_units,
+    select_rows,
     taylor_impact,
     top_units,
     top_weights,
@@ -617,3 +620,50 @@ def test_examples_are_told_apart_where_the_sequence_is_first():
             assert torch.allclose(values, seen[1][name], atol=1e-6)
     found = [critical_units(m, find_sites(m, "enc.layers.0.linear1"), batch, cap=4) for m in (one, other)]
     assert torch.equal(found[0].units, found[1].units)
+
+
+class _Bag(nn.Module):
+    """Reads all tokens of a batch in one row, with the places where its examples begin."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag, self.hidden, self.head = nn.EmbeddingBag(12, 6), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, text, offsets):
+        return self.head(torch.relu(self.hidden(self.bag(text, offsets))))
+
+
+def _bags(examples):
+    texts, y = zip(*examples, strict=True)
+    offsets = torch.tensor([0, *map(len, texts)][:-1]).cumsum(0)
+    return Batch({"text": torch.cat(texts), "offsets": offsets}, torch.tensor(y))
+
+
+def test_inputs_that_cannot_be_taken_apart_are_run_whole():
+    torch.manual_seed(0)
+    examples = [(torch.randint(0, 12, (i % 4 + 1,)), i % 2) for i in range(20)]
+    model, chosen = _Bag(), torch.arange(20) % 5 < 2
+    sites = find_sites(model, "head:input")
+    whole = two_step_score(model, sites, [_bags(examples[:10]), _bags(examples[10:])], atypical=chosen, shortlist=4)
+    alone = two_step_score(model, sites, [_bags([e for e, c in zip(examples, chosen, strict=True) if c])], shortlist=4)
+    assert torch.allclose(whole["head:input"], alone["head:input"], atol=1e-6)
+
+
+class Pair(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def test_rows_of_inputs_of_many_forms():
+    y, index = torch.arange(4) % 2, torch.tensor([2, 0])
+    packed = pack_sequence([torch.full((n, 1), float(n)) for n in (2, 4, 1, 3)], enforce_sorted=False)
+    chosen = select_rows(Batch((Pair(torch.arange(4), torch.zeros(3, 4, 2)), packed, torch.tensor(7.0)), y), index)
+    pair, repacked, scalar = chosen.x
+    assert pair.a.tolist() == [2, 0]
+    assert pair.b.shape == (3, 2, 2)
+    assert pad_packed_sequence(repacked)[1].tolist() == [1, 2]
+    assert scalar == 7
+    for other in (torch.zeros(9), object()):
+        assert select_rows(Batch(other, y), torch.arange(4)).x is other
+        with pytest.raises(ValueError, match="cannot be taken out of"):
+            select_rows(Batch(other, y), index)

@@ -36,7 +36,7 @@ class ActivationDiversityMonitor(pl.Callback):
 
     Args:
         layers: site patterns, see :mod:`demem.sites`; ``None``: blocks or stages and the head's input, those
-            that run.
+            that run and give one row per example.
         reduce: over space or tokens: ``"auto"``, ``"mean"``, ``"max"``, ``"first_token"``.
         bins: of the entropy.
         binning: units that share the range of the bins: ``"global"`` (the paper's), ``"per_site"``, ``"per_unit"``.
@@ -53,8 +53,8 @@ class ActivationDiversityMonitor(pl.Callback):
         latest: the last measurement as :class:`demem.measures.Diversity`, for plots and verdicts; not in checkpoints.
 
     Raises:
-        ValueError: arguments out of range, a pattern matches nothing, NaN or infinity in an activation (the site is
-            named).
+        ValueError: arguments out of range, a pattern matches nothing, layers that give different numbers of rows; NaN
+            or infinity in an activation (the site is named).  Within a fit what fails after the sanity check warns.
     """
 
     def __init__(
@@ -94,7 +94,10 @@ class ActivationDiversityMonitor(pl.Callback):
         self._reservoir = Reservoir(max_examples, seed)
         self._seen = 0
         self._widths: dict[str, int] = {}
+        self._uneven: set[str] = set()  # sites that have not one row per example
         self._all_validate = True
+        self._read = False  # something has been read
+        self._error: Exception | None = None  # of this validation
 
     @property
     def state_key(self) -> str:
@@ -111,7 +114,7 @@ class ActivationDiversityMonitor(pl.Callback):
         self.history = [dict(row) for row in state_dict["history"]]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._all_validate = True
+        self._all_validate, self._read = True, False
 
     @names_itself
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -127,7 +130,7 @@ class ActivationDiversityMonitor(pl.Callback):
     @names_itself
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
-        if trainer.sanity_checking or not self._all_validate:
+        if not self._all_validate:
             return
         passed = trainer.current_epoch - int(self.history[-1]["epoch"]) if self.history else 0
         if trainer.state.fn == "fit" and 0 < passed < self.every_n_epochs:  # each validation of a measured epoch counts
@@ -152,17 +155,33 @@ class ActivationDiversityMonitor(pl.Callback):
     ) -> None:
         if self._reader is None or dataloader_idx != 0:
             return
-        sites = self._reader.pop()
-        self._reader.__exit__()
-        sizes = {len(rows) for rows in sites.values()}
-        if len(sizes) != 1:
+        try:
+            self._read_batch(trainer, pl_module, self._reader)
+        except (RuntimeError, ValueError) as error:
+            if trainer.sanity_checking or trainer.state.fn != "fit":
+                raise
+            self._error = error
+        finally:
+            self._reader.__exit__()
+
+    def _read_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reader: ActivationReader) -> None:
+        if self._read and not reader.ran:  # a step may leave batches out
+            return
+        sites = reader.pop()
+        self._read = True
+        size = len(next(reversed(sites.values())))  # by default this is what the head reads
+        uneven = {name for name, rows in sites.items() if len(rows) != size}
+        if uneven and self.layers is not None:
+            sizes = sorted({len(rows) for rows in sites.values()})
             raise ValueError(
                 f"The sites yield different numbers of rows ({sizes}): a layer that runs several times for a batch "
                 "cannot be watched beside one that runs once. Name the layers to watch with `layers`."
             )
+        self._uneven |= uneven
+        sites |= {name: sites[name].new_zeros(size, sites[name].shape[1]) for name in uneven}  # left out in the end
         self._widths = {name: rows.shape[1] for name, rows in sites.items()}
         # Lightning's samplers deal examples out to the processes like cards, and fill up the last round.
-        local = torch.arange(self._seen, self._seen + sizes.pop())
+        local = torch.arange(self._seen, self._seen + size)
         self._seen += len(local)
         positions = local * trainer.world_size + trainer.global_rank
         real = positions < _dataset_size(trainer)
@@ -172,27 +191,49 @@ class ActivationDiversityMonitor(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._reader is None:
             return
-        widths, rows = self._gathered(trainer, pl_module.device)
-        self._close()
-        if not len(rows):
+        if trainer.sanity_checking:  # that it can be read is all that is of interest
+            self._close()
             return
-        sites = dict(zip(widths, torch.split(rows.cpu(), list(widths.values()), 1), strict=True))
-        self.latest = measure_diversity(
-            sites,
-            self.bins,
-            self.binning,
-            estimator=self.mi,
-            mi_bins=self.mi_bins,
-            mi_binning="quantile",
-            mi_correction="miller_madow",
-            max_units=self.max_units,
-            seed=self.seed,
-        )
+        if trainer.strategy.reduce_boolean_decision(self._error is None):
+            self._measure(trainer, pl_module)
+        else:
+            self._give_up(pl_module, self._error or ValueError("another process could not read its batches"))
+        self._close()
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        widths, uneven, rows = self._gathered(trainer, pl_module.device)
+        sites = dict(zip(widths, torch.split(rows.cpu(), list(widths.values()), 1), strict=True)) if len(rows) else {}
+        sites = {name: values for name, values in sites.items() if name not in uneven}
+        if not sites:
+            return
+        try:
+            self.latest = measure_diversity(
+                sites,
+                self.bins,
+                self.binning,
+                estimator=self.mi,
+                mi_bins=self.mi_bins,
+                mi_binning="quantile",
+                mi_correction="miller_madow",
+                max_units=self.max_units,
+                seed=self.seed,
+            )
+        except ValueError as error:  # the same on all processes
+            if trainer.state.fn != "fit":
+                raise
+            self._give_up(pl_module, error)
+            return
         values = self._values(self.latest)
         self.history.append(
             {"epoch": trainer.current_epoch, "step": trainer.global_step, "num_examples": len(rows), **values}
         )
         pl_module.log_dict(values, sync_dist=True, batch_size=1)  # equal on all processes; else Lightning warns
+
+    def _give_up(self, pl_module: pl.LightningModule, error: Exception) -> None:
+        """What fails within a fit costs no run, also where another callback monitors the values."""
+        rank_zero_warn(f"ActivationDiversityMonitor measures nothing, because {type(error).__name__}: {error}")
+        names = ["diversity/entropy"] + ["diversity/mi"] * (self.mi is not None)
+        pl_module.log_dict(dict.fromkeys(names, float("nan")), sync_dist=True, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log_figures(trainer, {"demem/diversity": lambda: diversity_curves(self.history)})
@@ -203,13 +244,15 @@ class ActivationDiversityMonitor(pl.Callback):
     def _sites(self, pl_module: pl.LightningModule) -> list[Site]:
         return default_sites(pl_module) if self.layers is None else find_sites(pl_module, self.layers)
 
-    def _gathered(self, trainer: pl.Trainer, device: torch.device) -> tuple[dict[str, int], Tensor]:
-        """Units of each site, and the sample ``(S, N)`` of all processes, of which some may have no examples."""
+    def _gathered(self, trainer: pl.Trainer, device: torch.device) -> tuple[dict[str, int], set[str], Tensor]:
+        """Units of each site, sites to leave out, and the sample ``(S, N)`` of all processes, of which some may have no
+        examples."""
         if trainer.world_size == 1:
-            return self._widths, self._reservoir.sample()[1] if self._widths else torch.empty(0)
-        found: list[dict[str, int]] = [{}] * trainer.world_size
-        torch.distributed.all_gather_object(found, self._widths)
-        widths = next((w for w in found if w), {})
+            return self._widths, self._uneven, self._reservoir.sample()[1] if self._widths else torch.empty(0)
+        found: list[tuple[dict[str, int], set[str]]] = [({}, set())] * trainer.world_size
+        torch.distributed.all_gather_object(found, (self._widths, self._uneven))
+        widths: dict[str, int] = next((w for w, _ in found if w), {})
+        uneven = set().union(*(names for _, names in found))
         if self._widths:
             positions, rows = self._reservoir.sample()
         else:
@@ -217,7 +260,7 @@ class ActivationDiversityMonitor(pl.Callback):
         positions = positions.to(device, torch.long)
         together = Reservoir(self.max_examples, self.seed)
         together.add(gather_rows(trainer, positions, positions).cpu(), gather_rows(trainer, positions, rows))
-        return widths, together.sample()[1]
+        return widths, uneven, together.sample()[1]
 
     def _values(self, diversity: Diversity) -> dict[str, float]:
         values = {f"diversity/entropy/{site}": float(h.mean()) for site, h in diversity.entropy.items()}
@@ -233,7 +276,7 @@ class ActivationDiversityMonitor(pl.Callback):
         if self._reader is not None:
             self._reader.__exit__()
         self._reader, self._reservoir = None, Reservoir(self.max_examples, self.seed)
-        self._seen, self._widths = 0, {}
+        self._seen, self._widths, self._uneven, self._error = 0, {}, set(), None
 
 
 def _dataset_size(trainer: pl.Trainer) -> float:

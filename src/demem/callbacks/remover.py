@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -37,6 +38,7 @@ from demem.run import (
     names_itself,
     on_root_device,
     read_examples,
+    read_training_examples,
     rebalance,
     refit_for_now,
     remove_and_refit,
@@ -50,6 +52,7 @@ from demem.run import (
 from demem.sites import bake_gates, find_head
 from demem.tracing import linear_score
 
+METRIC = "val/worst_inferred_group_acc"
 _AFTER_VALIDATION = (
     "after the last validation. Run trainer.validate(model) for accuracies of it as it is now, and save a "
     "checkpoint of it with trainer.save_checkpoint(path)."
@@ -137,7 +140,7 @@ class MemorizationRemover(Callback):
         head: str | None = None,
         max_examples: int = 200_000,
         seed: int = 0,
-        report: str | ReportOptions | None = None,
+        report: str | Path | ReportOptions | None = None,
     ) -> None:
         super().__init__()
         if fine_tune < 0 or max_examples < 1:
@@ -164,6 +167,7 @@ class MemorizationRemover(Callback):
         self._judged_on: Sequence[Tensor] = ()  # features before training; not kept in checkpoints
         self._removed_at_step = -1
         self._trained: dict[str, Tensor] = {}  # what training goes on from, of the parameters that hold the cure
+        self._fitted: int | None = None  # the module that the last fit was of
         self._refits = True  # no refit before a validation has failed
         self._weight = 0.0  # of atypical examples in those refits, once it is chosen
         self._worst = math.nan
@@ -205,6 +209,7 @@ class MemorizationRemover(Callback):
         self._removed_at_step = int(state_dict["removed_at_step"])
         self._trained = dict(state_dict["trained"])
         self._weight = float(state_dict["weight"])
+        self._fitted = None  # perhaps on a new module, which is the one of this state
 
     def summary(self) -> str:
         """What was found, done and gained, in five lines."""
@@ -242,6 +247,9 @@ class MemorizationRemover(Callback):
     @names_itself
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.reporter.start()
+        if self._fitted not in (None, id(pl_module)):
+            self._trained = {}  # of another module
+        self._fitted = id(pl_module)
         find_head(pl_module, self.head)
 
     @names_itself
@@ -254,6 +262,8 @@ class MemorizationRemover(Callback):
         data.held_out  # noqa: B018 (refused now rather than after training, if there is none)
         if is_dry_run(trainer):
             return
+        self._check_order(trainer)
+        self.reporter.check(trainer)
         if new:
             self.groups, self._looks_again, self._removed_at_step, self._trained = None, False, -1, {}
             self._refits, self._weight, self._worst = True, 0.0, math.nan
@@ -273,27 +283,32 @@ class MemorizationRemover(Callback):
         self._go_on(pl_module)
         data = self._data(trainer, pl_module)
         if self._looks_again and self.groups is not None and trainer.current_epoch > self.groups.epoch:
-            self._look(data)
-        self._rebalance(data)
+            with restored_on_failure(pl_module, "keeps to its earlier look", data.head):
+                self._look(data)
+        late = not self._fresh
+        with restored_on_failure(pl_module, "does not rebalance an epoch", data.head) if late else nullcontext():
+            self._rebalance(data)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self._go_on(pl_module)
 
     @timed
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not is_fit_validation(trainer) or is_dry_run(trainer) or not self._acts:
+        if not is_fit_validation(trainer) or is_dry_run(trainer) or self.groups is None:
             return
         if self._removed_at_step != trainer.global_step and self._refits:
             with torch.inference_mode(False):
                 self._refit_for_now(self._data(trainer, pl_module))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if is_fit_validation(trainer) and not math.isnan(self._worst):
-            pl_module.log("val/worst_inferred_group_acc", self._worst, sync_dist=True)
+        # Also where it is unknown, as a callback that monitors it would end the run if it were not there.
+        if is_fit_validation(trainer) and not is_dry_run(trainer):
+            pl_module.log(METRIC, self._worst, batch_size=1, sync_dist=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation:  # and yet there may be checkpoints
             self.on_validation_start(trainer, pl_module)
+            self.on_validation_epoch_end(trainer, pl_module)
 
     @timed
     def on_train_batch_end(
@@ -303,7 +318,7 @@ class MemorizationRemover(Callback):
             self._remove(self._data(trainer, pl_module))
             values = scalars(self.rounds, self.use_groups)
             if values:
-                pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
+                pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._unseen = False
@@ -335,7 +350,8 @@ class MemorizationRemover(Callback):
         # Stochastic and exponential weight averaging, or a callback that takes the best epoch's weights back, write
         # theirs when training ends.
         data = self._data(trainer, pl_module)
-        changed = not torch.equal(data.head.weight.detach().cpu(), self._written)
+        now = data.head.weight.detach().cpu()
+        changed = not torch.allclose(now, self._written, rtol=0, atol=0, equal_nan=True)
         if trainer.strategy.reduce_boolean_decision(changed, all=False):
             with on_root_device(trainer, pl_module):
                 self._remove(data)
@@ -370,6 +386,17 @@ class MemorizationRemover(Callback):
     @property
     def _refitted(self) -> bool:
         return any(record.chosen and record.refitted for record in self.rounds)
+
+    def _check_order(self, trainer: pl.Trainer) -> None:
+        """Without validations the metric is there when an epoch ends, for the callbacks after this one."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        earlier = [c for c in callbacks[: callbacks.index(self)] if getattr(c, "monitor", None) == METRIC]
+        if earlier and not trainer.enable_validation:
+            name = type(earlier[0]).__name__
+            raise ValueError(
+                f"Without validation data {METRIC!r} is logged too late for {name}, which comes before "
+                f"MemorizationRemover in the Trainer's callbacks. Put {name} after it."
+            )
 
     def _go_on(self, pl_module: pl.LightningModule) -> None:
         """Put back the parameters that training goes on from."""
@@ -417,6 +444,8 @@ class MemorizationRemover(Callback):
         if self.groups is None or leaves_alone or not self.groups.informative or waits:
             return
         self._restore_sampler()
+        if not first and getattr(data.trainer, "reload_dataloaders_every_n_epochs", 0) > 0:  # perhaps other examples
+            read_training_examples(data, self.groups, self._train_positions, self.seed)
         self._undo = rebalance(data, self.groups, self._train_positions, self.seed, first, even=not self.rebalance)
 
     def _restore_sampler(self) -> None:

@@ -24,6 +24,7 @@ from demem.removal import Examples, Round, RoundRecord
 from demem.report import (
     ReportData,
     ReportOptions,
+    check_writable,
     example_sheet,
     load,
     render,
@@ -56,8 +57,8 @@ class Reporter:
         seconds: of the remover's hooks in this fit, and of the passes for the report.
     """
 
-    def __init__(self, report: str | ReportOptions | None) -> None:
-        self.options = ReportOptions(report) if isinstance(report, str) else report
+    def __init__(self, report: str | Path | ReportOptions | None) -> None:
+        self.options = ReportOptions(str(report)) if isinstance(report, str | Path) else report
         self.path: Path | None = None
         self.start()
 
@@ -66,6 +67,12 @@ class Reporter:
         self.began, self.seconds, self.own_seconds = time.perf_counter(), 0.0, 0.0
         self._before: Before | None = None
         self._rounds: Sequence[Round] = ()
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Refuse a place where nothing can be written, before training; every process must call this."""
+        folder = run_folder(trainer)
+        if self.options is not None and trainer.is_global_zero:
+            check_writable((folder / self.options.path).parent)
 
     def watching(self, choose: Choose, data: RunData) -> Choose:
         """``choose``, which also looks at the network as it is trained when it is called."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from demem.batch import Batch, apply_model, batch_size
 from demem.callbacks.figures import log_figures
+from demem.report import check_writable
 from demem.run import (
     Rows,
     RunData,
@@ -98,7 +99,7 @@ class MemorizationTracer(Callback):
     Raises:
         ValueError: before training: an unknown score, layers that match nothing, no held-out data, groups asked for but
             not there, a folder that cannot be made, or a network in which a few examples cannot be traced.  What fails
-            after training (a class without held-out examples, logits that are NaN, a full disk) warns.
+            after training (logits that are NaN, a full disk) warns.
     """
 
     def __init__(
@@ -175,10 +176,7 @@ class MemorizationTracer(Callback):
         self._try(data)
         folder = self._folder(trainer)
         if trainer.is_global_zero:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"The tracing report cannot be written to {folder}: {error}") from error
+            check_writable(folder)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         every = self.every_n_epochs
@@ -203,7 +201,9 @@ class MemorizationTracer(Callback):
             if self.atypical == "group" and batch.group is None:
                 raise ValueError("atypical='group' needs groups, but the validation batches carry none.")
             check_range(batch.y, data.num_classes, "validation")
-            few = select_rows(batch, torch.arange(min(_TRIED, batch_size(batch))))
+            few = batch
+            with suppress(ValueError):  # not all batches can be taken apart
+                few = select_rows(batch, torch.arange(min(_TRIED, batch_size(batch))))
             everyone = torch.ones(batch_size(few), dtype=torch.bool)
             sites = self._sites_that_run(data, data.head_name, few.x)
             scores = [score for score in self.scores if score != _NEEDS_MISTAKES]

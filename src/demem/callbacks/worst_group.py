@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -51,6 +52,9 @@ class WorstGroupMonitor(Callback):
     After a resume in the middle of an epoch, a run on one process goes on counting for its training report; with
     several processes that report covers the rest of the epoch.
 
+    Batches for which a step returns nothing and does not call the network are left out, once predictions have been
+    seen.  Predictions that are NaN or infinite count as wrong, with a warning.
+
     Example:
         ``Trainer(callbacks=[WorstGroupMonitor(), ModelCheckpoint(monitor="val/worst_group_acc", mode="max")])``
 
@@ -79,7 +83,8 @@ class WorstGroupMonitor(Callback):
         self._sizes = TrainingSizes()
         self._alone = True
         self._validating: Any = None
-        self._told = False
+        self._told = self._told_lost = self._told_inputs = False
+        self._counted = False  # predictions have been seen
 
     @property
     def train_sizes(self) -> Tensor | None:
@@ -105,6 +110,7 @@ class WorstGroupMonitor(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._alone, self._validating = trainer.world_size == 1, None
+        self._counted = False
         if stage == "fit":  # perhaps on other data than the last one; a resumed run gets its state back after this
             self._sizes = TrainingSizes()
             self._reports["train"].reset()
@@ -135,8 +141,7 @@ class WorstGroupMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._sizes.see(trainer, pl_module, batch)
-        skipped = pl_module.automatic_optimization and not outputs and not self._predictions.ran
-        if self.train and not skipped:  # training_step may return None before it calls the network
+        if self.train:
             self._count(trainer, pl_module, outputs, batch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -195,9 +200,47 @@ class WorstGroupMonitor(Callback):
 
     def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any) -> None:
         stage = _stage(trainer)
+        nothing = not outputs and not self._predictions.ran  # a step may return None before it calls the network
+        if nothing and (self._counted or (trainer.training and pl_module.automatic_optimization)):
+            self._predictions.stop()
+            return
         y, group = self._unpack(trainer, pl_module, stage, batch)
-        self._reports[stage].update(self._predictions.read(outputs, len(y)), y, group)
+        self._tell_of_inputs(pl_module, batch)
+        preds = self._predictions.read(outputs, len(y))
+        if preds.is_floating_point() and not bool(torch.isfinite(preds).all()):
+            preds = self._wrong_where_not_finite(preds, y)
+        self._reports[stage].update(preds, y, group)
+        self._counted = True
         self._predictions.stop()
+
+    def _tell_of_inputs(self, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Batches ``(image, age, label)`` and ``(tokens, label, length)`` look as ``(x, y, group)`` does."""
+        own = callable(getattr(pl_module, "unpack_batch", None))
+        if own or self._told_inputs or not isinstance(batch, list | tuple):
+            return
+        for part, place, what in zip(batch[1:3], ("second", "third"), ("labels", "groups"), strict=False):
+            if isinstance(part, Tensor) and self._predictions.was_given(part):
+                rank_zero_warn(
+                    f"WorstGroupMonitor: the network reads the {place} part of the batch, which is taken for the "
+                    f"{what}. If these are elsewhere, define `unpack_batch(self, batch)` on your module and return "
+                    "(x, y, group or None)."
+                )
+                self._told_inputs = True
+
+    def _wrong_where_not_finite(self, preds: Tensor, y: Tensor) -> Tensor:
+        """Predictions that are NaN or infinite count as wrong, and cost no run."""
+        lost = ~torch.isfinite(preds).reshape(len(preds), -1).all(1)
+        if not self._told_lost:
+            rank_zero_warn(
+                "WorstGroupMonitor: predictions are NaN or infinite, and count as wrong: the model diverged or its "
+                "inputs are broken."
+            )
+        self._told_lost = True
+        if preds.ndim == 1 or preds.shape[1] == 1:  # classes
+            return torch.where(lost.reshape(preds.shape), (y == 0).to(preds).reshape(preds.shape), preds)
+        return torch.where(
+            lost[:, None], 1 - F.one_hot(y.clamp(max=preds.shape[1] - 1), preds.shape[1]).to(preds), preds
+        )
 
     def _unpack(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, batch: Any

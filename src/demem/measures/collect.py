@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from demem.batch import Batch, call_model, unpack_batch
 from demem.measures.reservoir import reservoir_compact, reservoir_keys
-from demem.sites import ActivationReader, Reduce, default_sites, find_sites
+from demem.sites import ActivationReader, Reduce, default_sites, find_sites, restore_modes
 
 
 def collect_activations(
@@ -61,8 +61,7 @@ def collect_activations(
                     if max_samples and first // max_samples < seen[name] // max_samples:  # seldom: copies all rows
                         kept[name] = [_sample(kept[name], max_samples)]
     finally:
-        for module, mode in modes:
-            module.training = mode
+        restore_modes(modes)
     if not kept:
         raise ValueError("There were no batches to read activations from.")
     return {name: _sample(kept.pop(name), max_samples)[1] for name in list(kept)}

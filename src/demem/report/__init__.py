@@ -21,7 +21,7 @@ from demem.report.facts import (
     touched_by_forgetting,
 )
 from demem.report.figures import diversity_curves, example_sheet, svg, unit_map
-from demem.report.files import write_whole
+from demem.report.files import check_writable, write_whole
 from demem.report.render import percent, render
 from demem.report.words import (
     Words,
@@ -51,6 +51,7 @@ __all__ = [
     "Words",
     "actions",
     "average",
+    "check_writable",
     "contradiction",
     "diversity_curves",
     "evidence",

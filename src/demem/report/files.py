@@ -7,6 +7,22 @@ import tempfile
 from pathlib import Path
 
 
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, and find out now whether files can be written there.
+
+    Raises:
+        ValueError: they cannot.
+
+    Example:
+        >>> check_writable("new/folder")
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"The report cannot be written to {folder}: {error}") from error
+
+
 def write_whole(path: str | Path, content: str | bytes) -> Path:
     """Write a file beside its place and rename it, so that a full disk or a crash leaves what was there before.
 

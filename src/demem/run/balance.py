@@ -13,6 +13,7 @@ from demem.linear import balanced_weights
 from demem.removal import SMOOTHING
 from demem.run.cure import changed_data
 from demem.run.data import RunData
+from demem.run.loaders import size_of
 from demem.run.sampling import reweight
 from demem.run.stage import restart_workers
 
@@ -43,7 +44,7 @@ def rebalance(
             "MemorizationRemover cannot rebalance an iterable data set; rebalance=False silences this.", stacklevel=4
         )
         return None
-    if len(split.loader.dataset) <= int(positions[-1]):  # type: ignore[arg-type]
+    if size_of(split.loader) <= int(positions[-1]):
         raise changed_data()
     key = torch.zeros_like(groups.index) if even else groups.index
     weights = balanced_weights(key, SMOOTHING)

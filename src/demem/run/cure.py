@@ -31,8 +31,8 @@ from demem.removal import (
 )
 from demem.report import group_word, reason
 from demem.run.data import RunData
-from demem.run.head import read_head, write_head
-from demem.run.loaders import batches_of
+from demem.run.head import gives_logits, read_head, write_head
+from demem.run.loaders import batches_of, size_of
 from demem.run.passes import undisturbed
 from demem.run.processes import copy_first
 from demem.sites import Gates, remove_gates
@@ -157,9 +157,14 @@ def _choice(data: RunData, choose: Choose, rounds: Sequence[Round], held_out: Ex
 def _read_held_out(data: RunData, groups: Groups, description: str) -> tuple[Examples, Tensor]:
     """What the head reads of the held-out examples, and their positions."""
     site = data.head_input
-    rows = data.held_out.read([site], description)
+    rows = data.held_out.read([site], description, logits=True)
     if not torch.equal(rows.y.cpu(), groups.held_out_y):
         raise changed_data()
+    if not gives_logits(read_head(data.head)(rows.activations[site.name]), rows.logits):
+        raise ValueError(
+            f"the head {data.head_name!r} gave the logits before training and no longer does by itself: another part "
+            "of the network (LoRA, a residual branch that started at zero) takes part in them."
+        )
     held_out = Examples(rows.activations[site.name], rows.y, groups.held_out.to(rows.y.device))
     if len(rows) <= HELD_OUT:
         return held_out, rows.position.cpu()
@@ -246,6 +251,7 @@ def restored_on_failure(
     part: nn.Module | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Put the parameters back and warn where the block fails: what goes wrong after training must not cost the run.
+    An interrupt puts them back, too, and goes on.
 
     Gives ``{name: value}`` of the parameters before it.
 
@@ -258,8 +264,10 @@ def restored_on_failure(
     before = {name: p.detach().clone() for name, p in pl_module.named_parameters() if id(p) in own}
     try:
         yield before
-    except Exception as error:
+    except BaseException as error:
         write_parameters(pl_module, before)
+        if not isinstance(error, Exception):
+            raise
         warnings.warn(
             f"MemorizationRemover {consequence}, because {type(error).__name__}: {error}",
             stacklevel=4,
@@ -269,17 +277,29 @@ def restored_on_failure(
 def read_examples(data: RunData, groups: Groups, positions: Tensor, seed: int) -> tuple[Examples, Examples, Tensor]:
     """What the head reads of some training examples of each group and of the held-out ones, and the latter's positions.
 
+    The arguments are those of :func:`read_training_examples`.
+    """
+    return read_training_examples(data, groups, positions, seed), *_read_held_out(data, groups, "tracing")
+
+
+def read_training_examples(data: RunData, groups: Groups, positions: Tensor, seed: int) -> Examples:
+    """What the head reads of some training examples of each group.
+
     Args:
         data: of the run.
         groups: of its training and held-out examples.
         positions: ``(S,)`` of the training examples in their data set, ascending.
         seed: of the draw of training examples.
+
+    Raises:
+        ValueError: the data are not those of the groups.
     """
     site = data.head_input
     few = few_of_each_group(groups.index, TRACED, torch.Generator().manual_seed(seed)).sort().values
     few = few[draw_evenly(groups.index[few], ROWS, torch.Generator().manual_seed(seed))]
+    if data.train.has_positions and size_of(data.train.loader) <= int(positions[-1]):
+        raise changed_data()
     train = data.train.read([site], "tracing", only=positions[few])
-    held_out, held_out_positions = _read_held_out(data, groups, "tracing")
     read = train.position.cpu()
     if not bool(torch.isin(read, positions).all()):
         raise changed_data()
@@ -287,7 +307,7 @@ def read_examples(data: RunData, groups: Groups, positions: Tensor, seed: int) -
     if not torch.equal(train.y.cpu(), groups.y[where]):
         raise changed_data()
     index = groups.index[where].to(train.y.device)
-    return Examples(train.activations[site.name], train.y, index), held_out, held_out_positions
+    return Examples(train.activations[site.name], train.y, index)
 
 
 def changed_data() -> ValueError:

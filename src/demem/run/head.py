@@ -58,19 +58,29 @@ def check_head(
                 "cannot be refitted. Leave the head out of parameters_to_prune."
             )
     model = model_with_head(pl_module, head)
-    layers = named_layers(model)
     with undisturbed(trainer, pl_module):
         batches = [batch.x for _, batch in islice(examples(trainer, pl_module, loader), 1)]
-        found = [deciding_heads(model, x) for x in batches]
-        decides = all(any(layers[other] is head for other in others) for others in found)
-        linear = not decides or all(_is_linear(model, head, x) for x in batches)
+    require_deciding(trainer, pl_module, name, head, batches)
+    with undisturbed(trainer, pl_module):
+        linear = all(_is_linear(model, head, x) for x in batches)
+    if not trainer.strategy.reduce_boolean_decision(linear):
+        raise ValueError(f"The output of the head {name!r} is not weight · x + bias, so it cannot be refitted.")
+
+
+def require_deciding(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, head: nn.Module, inputs: list[Any]
+) -> None:
+    """Refuse a head whose output is not the logits of these inputs; the message names the layer that gives them."""
+    model = model_with_head(pl_module, head)
+    layers = named_layers(model)
+    with undisturbed(trainer, pl_module):
+        found = [deciding_heads(model, x) for x in inputs]
+    decides = all(any(layers[other] is head for other in others) for others in found)
     if not trainer.strategy.reduce_boolean_decision(decides):
         prefix = next((f"{n}." for n, module in named_layers(pl_module).items() if module is model), "")
         others = [prefix + other for others in found for other in others]
         hint = f"Pass head={others[0]!r}, which does." if others else "Let forward return the logits of one head."
         raise ValueError(f"The linear layer {name!r} does not give the logits. {hint}")
-    if not trainer.strategy.reduce_boolean_decision(linear):
-        raise ValueError(f"The output of the head {name!r} is not weight · x + bias, so it cannot be refitted.")
 
 
 def _check_own_parameters(pl_module: nn.Module, name: str, head: nn.Linear) -> None:
@@ -81,8 +91,16 @@ def _check_own_parameters(pl_module: nn.Module, name: str, head: nn.Linear) -> N
             f"The weight of the head {name!r} is computed from others (pruning, weight or spectral normalisation), so "
             "it cannot be refitted. Use a plain linear layer."
         )
-    names = [n for n, p in pl_module.named_parameters(remove_duplicate=False) if p is head.weight or p is head.bias]
-    shared = [n for n in names if not n.startswith(f"{name}.")]
+    own = {id(parameter) for parameter in head.parameters()}
+    named = {f"{n}.{p}": q for n, layer in named_layers(pl_module).items() for p, q in layer._parameters.items()}
+    named |= dict(pl_module.named_parameters(recurse=False))
+    shared = [n for n, parameter in named.items() if id(parameter) in own and not n.startswith(f"{name}.")]
+    others = [n for n, _ in head.named_parameters() if n not in ("weight", "bias")]
+    if others:
+        raise ValueError(
+            f"The head {name!r} has the parameters {', '.join(others)} beside weight and bias (LoRA, for instance), so "
+            "it cannot be refitted. Use a plain linear layer."
+        )
     if shared:
         raise ValueError(
             f"The head {name!r} shares its parameters with {', '.join(shared)} (tied weights), so refitting it would "
@@ -97,6 +115,18 @@ def _is_linear(model: nn.Module, head: nn.Linear, x: Any) -> bool:
         seen = reader.pop()
         error = F.linear(seen["input"], head.weight, head.bias).float() - seen["output"].float()
     return bool(error.norm() <= 0.01 * seen["output"].float().norm())
+
+
+def gives_logits(output: Tensor, logits: Tensor | None) -> bool:
+    """Whether logits ``(S, C)`` are the output of a head up to a positive scale and a shift that all classes share.
+
+    >>> gives_logits(torch.eye(2), 3 * torch.eye(2) + 1), gives_logits(torch.eye(2), torch.eye(2)[:1])
+    (True, False)
+    """
+    if logits is None or output.shape != logits.shape:
+        return False
+    a, b = output - output.mean(1, keepdim=True), logits - logits.mean(1, keepdim=True)
+    return bool((a * b).sum() >= 0.999 * a.norm() * b.norm())
 
 
 def read_head(head: nn.Module) -> LinearHead:

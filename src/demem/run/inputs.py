@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,10 +13,13 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.trainer.states import RunningStage
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from demem.batch import call_model
 from demem.run.data import RunData
+from demem.run.head import require_deciding
+from demem.run.loaders import as_step_batch
 from demem.run.passes import device_batches, in_stage, read_inputs_by, undisturbed
 from demem.sites import eager
 
@@ -56,16 +59,25 @@ def check_inputs(data: RunData) -> None:
         if steps:
             own, reason = _head_inputs(data, lambda: (call_model(data.model, x), call_model(data.model, x)))
             # A network that draws as it goes gives nothing to compare.
-            same = bool(own) and (not _same(own[0], own[-1]) or any(_same(a, b) for a in own for b in steps))
+            same = (
+                reason is None
+                and bool(own)
+                and (not _same(own[0], own[-1]) or any(_same(a, b) for a in own for b in steps))
+            )
         if trainer.strategy.reduce_boolean_decision(same):
             return
         for module in _callable_parts(data):
             inputs = inputs_in_step(trainer, pl_module, module)
-            seen, _ = _head_inputs(data, lambda read=inputs: call_model(data.model, read(raw)))  # type: ignore[misc]
-            explains = same or any(_same(a, b) for a in seen for b in steps)
+            seen, failed = _head_inputs(data, lambda read=inputs: call_model(data.model, read(raw)))  # type: ignore[misc]
+            explains = same or (failed is None and any(_same(a, b) for a in seen for b in steps))
             if trainer.strategy.reduce_boolean_decision(explains):
+                _check_labels(pl_module, raw, inputs)
                 read_inputs_by(trainer, inputs)
                 return
+    if trainer.strategy.reduce_boolean_decision(
+        reason is None
+    ):  # perhaps the step calls a copy of the network (an average, a teacher), and the head is its
+        require_deciding(trainer, pl_module, data.head_name, data.head, [x])
     found = "the head then reads something else" if reason is None else f"that fails ({reason})"
     raise ValueError(
         f"The validation step prepares the inputs of {type(data.model).__name__} (flattens, casts, scales …): demem "
@@ -96,6 +108,20 @@ def inputs_in_step(trainer: pl.Trainer, pl_module: pl.LightningModule, module: n
     return read
 
 
+def _check_labels(pl_module: pl.LightningModule, batch: Any, inputs: Callable[[Any], Any]) -> None:
+    """Refuse batches such as ``(image, age, label)``, whose second part is an input of the network and no label."""
+    if not isinstance(batch, list | tuple) or callable(getattr(pl_module, "unpack_batch", None)):
+        return
+    given = inputs(batch)
+    values = given.values() if isinstance(given, Mapping) else [given]
+    if any(isinstance(v, Tensor) and v.shape == batch[1].shape and torch.equal(v, batch[1]) for v in values):
+        raise ValueError(
+            "The network reads the second part of the batch, which demem takes for the labels. Define "
+            f"`unpack_batch(self, batch)` on {type(pl_module).__name__} and return (inputs, labels, group or None); "
+            "several inputs are a dict {parameter of forward: value}."
+        )
+
+
 class _Reached(Exception):
     """The step has come to the network; the rest of it is not needed."""
 
@@ -111,7 +137,8 @@ def _callable_parts(data: RunData) -> list[nn.Module]:
 
 
 def _head_inputs(data: RunData, run: Callable[[], Any]) -> tuple[list[Tensor], str | None]:
-    """What the head reads while ``run`` runs; if that fails nothing, and why."""
+    """What the head reads while ``run`` runs, and why that failed; a step may fail after the head, for want of what
+    other hooks of a validation give it."""
     seen: list[Tensor] = []
     handle = data.head_input.hook(lambda x: seen.append(x.detach().clone()))
     try:
@@ -120,7 +147,7 @@ def _head_inputs(data: RunData, run: Callable[[], Any]) -> tuple[list[Tensor], s
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        return [], f"{type(error).__name__}: {error}"
+        return seen, f"{type(error).__name__}: {error}"
     finally:
         handle.remove()
     return seen, None
@@ -140,9 +167,17 @@ def _step(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Non
     taken = len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) - 1
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         taken = 2
-    batch = apply_to_collection(batch, Tensor, Tensor.clone)  # a step may pop from it, or change it in place
-    with in_stage(trainer, RunningStage.SANITY_CHECKING):
-        step(_shadow(pl_module), *(batch, 0, 0)[:taken])
+    batch = apply_to_collection(
+        as_step_batch(trainer, batch), Tensor, Tensor.clone
+    )  # a step may pop from it, or change it in place
+    buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers() if not is_lazy(buffer)]
+    try:
+        with in_stage(trainer, RunningStage.SANITY_CHECKING):
+            step(_shadow(pl_module), *(batch, 0, 0)[:taken])
+    finally:
+        for buffer, before in buffers:  # a step may count in one
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
 
 
 def _shadow(pl_module: pl.LightningModule) -> pl.LightningModule:
@@ -152,6 +187,7 @@ def _shadow(pl_module: pl.LightningModule) -> pl.LightningModule:
     for name, value in vars(pl_module).items():
         if isinstance(value, list | dict | set) and not name.startswith("_"):
             shadow.__dict__[name] = copy.copy(value)
+    shadow._buffers = dict(pl_module._buffers)
     shadow._modules = {
         name: copy.deepcopy(child, dict(kept)) if _counts(child) else child
         for name, child in pl_module._modules.items()

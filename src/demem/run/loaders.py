@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -48,16 +49,24 @@ def first_loader(loaders: Any) -> Any:
     return first_loader(loaders[0]) if isinstance(loaders, list | tuple) and loaders else loaders
 
 
-def as_training_batch(loaders: Any, batch: Any) -> Any:
-    """A batch of the first loader in the form in which several training loaders are read together.
+def as_joint_batch(loaders: Any, batch: Any) -> Any:
+    """A batch of the first loader in the form in which several loaders are read together.
 
-    >>> as_training_batch({"labelled": "a loader", "unlabelled": "another"}, "a batch")
+    >>> as_joint_batch({"labelled": "a loader", "unlabelled": "another"}, "a batch")
     {'labelled': 'a batch'}
     """
     if isinstance(loaders, dict) and loaders:
         name, first = next(iter(loaders.items()))
-        return {name: as_training_batch(first, batch)}
-    return [as_training_batch(loaders[0], batch)] if isinstance(loaders, list | tuple) and loaders else batch
+        return {name: as_joint_batch(first, batch)}
+    return [as_joint_batch(loaders[0], batch)] if isinstance(loaders, list | tuple) and loaders else batch
+
+
+def as_step_batch(trainer: pl.Trainer, batch: Any) -> Any:
+    """A batch of the first validation loader as a validation step gets it: validation loaders are read one after the
+    other, unless a ``CombinedLoader`` reads them together."""
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    together = getattr(combined, "_mode", "sequential") != "sequential"
+    return as_joint_batch(trainer.val_dataloaders, batch) if together else batch
 
 
 def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
@@ -69,12 +78,25 @@ def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
     if trainer.val_dataloaders is None and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
     loader = first_loader(trainer.val_dataloaders)
-    if not isinstance(loader, DataLoader) or trainer.limit_val_batches == 0:
+    if not isinstance(loader, DataLoader) or trainer.limit_val_batches == 0 or _is_empty(loader):
         raise ValueError(
             "demem needs held-out examples: give the Trainer a validation DataLoader (and do not set "
             "limit_val_batches=0 or a fast run without validation)."
         )
     return loader
+
+
+def size_of(loader: DataLoader[Any]) -> float:
+    """Examples of the loader's data set; infinity where it does not say (a sampler may know instead).
+
+    >>> size_of(DataLoader([1, 2, 3]))
+    3
+    """
+    return len(loader.dataset) if hasattr(loader.dataset, "__len__") else float("inf")
+
+
+def _is_empty(loader: DataLoader[Any]) -> bool:
+    return has_positions(loader) and size_of(loader) == 0
 
 
 def kept_back_positions(trainer: pl.Trainer, share: float | None, seed: int, default: float = 0.2) -> Tensor | None:
@@ -196,7 +218,8 @@ def _drawn_from(trainer: pl.Trainer, loader: DataLoader[Any]) -> Tensor:
     sampler = sampler_of(loader)
     chosen = getattr(sampler, "indices", None)
     if chosen is None and not isinstance(sampler, _DRAW_FROM_ALL) and not is_training_loader(trainer, loader):
-        drawn = list(sampler) if sampler is not None else [i for batch in loader.batch_sampler for i in batch]  # type: ignore[union-attr]
+        with _own_generators(loader):
+            drawn = list(sampler) if sampler is not None else [i for batch in loader.batch_sampler for i in batch]  # type: ignore[union-attr]
         chosen = trainer.strategy.broadcast(sorted(set(drawn)))
     if chosen is None:
         return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
@@ -245,6 +268,11 @@ def reading(loader: DataLoader[Any], batches: Sequence[Tensor]) -> DataLoader[An
     )
 
 
+def draws_known_positions(loader: DataLoader[Any]) -> bool:
+    """Whether the loader's sampler is one of those that are known to draw integers."""
+    return isinstance(sampler_of(loader), (*_DRAW_EVENLY, *_DRAW_FROM_ALL))
+
+
 class _Lists(Sampler[list[int]]):
     """Batches of positions as lists of integers, one list at a time: a list of them all would take 36 bytes a row."""
 
@@ -272,7 +300,25 @@ def streaming(loader: DataLoader[Any], limit: int | None) -> Iterator[Any]:
             worker_init_fn=loader.worker_init_fn,
             multiprocessing_context=loader.multiprocessing_context,
         )
-    for i, batch in enumerate(loader):
-        if limit is not None and i >= limit:
-            return
-        yield batch
+    with _own_generators(loader):
+        for i, batch in enumerate(loader):
+            if limit is not None and i >= limit:
+                return
+            yield batch
+
+
+@contextmanager
+def _own_generators(loader: DataLoader[Any]) -> Iterator[None]:
+    """Let the generators of a loader and of its samplers draw the same in every pass, and put them back afterwards, as
+    what they draw is the run's."""
+    batches = loader.batch_sampler
+    owners = [loader, loader.sampler, batches, sampler_of(loader), getattr(loader.sampler, "sampler", None)]
+    values = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
+    before = [(value, value.get_state()) for value in values if isinstance(value, torch.Generator)]
+    for generator, _ in before:
+        generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)

@@ -18,17 +18,21 @@ from tqdm.auto import tqdm
 
 from demem.batch import Batch, batch_size, form_of, unpack_batch
 from demem.run.loaders import (
-    as_training_batch,
+    as_joint_batch,
+    as_step_batch,
     batch_limit,
     batches_of,
+    draws_known_positions,
     find_grouper,
+    first_loader,
     has_positions,
-    held_out_loader,
     is_training_loader,
     positions_drawn_from,
     reading,
+    sampler_of,
     streaming,
 )
+from demem.sites import restore_modes
 from demem.tracing import select_rows
 
 _extra_passes = 0
@@ -81,8 +85,7 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, grad: bool =
                 yield
     finally:
         _extra_passes -= 1
-        for module, mode in modes:
-            module.training = mode
+        restore_modes(modes)
 
 
 def _without_fp16(trainer: pl.Trainer) -> torch.autocast:
@@ -134,6 +137,8 @@ def device_batches(
     batches, source = _source(trainer, loader, limit, only)
     if batches is None:
         random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002 (what a stream shuffles by)
+    elif not draws_known_positions(loader):
+        source = _by_integers(loader, source)
     shown = bool(description) and trainer.progress_bar_callback is not None and trainer.is_global_zero
     seen = 0
     for i, raw in enumerate(tqdm(source, desc=description, leave=False, disable=not shown)):
@@ -162,14 +167,29 @@ def device_batches(
             return
 
 
+def _by_integers(loader: DataLoader[Any], source: Any) -> Iterator[Any]:
+    """The batches, with another word for the error of a data set that is read by other keys than integers."""
+    try:
+        yield from source
+    except (TypeError, LookupError) as error:
+        sampler = type(sampler_of(loader) or loader.batch_sampler).__name__
+        raise ValueError(
+            f"The examples of {type(loader.dataset).__name__} cannot be read by their positions 0 … n − 1 "
+            f"({type(error).__name__}: {error}); its sampler {sampler} may draw other keys, such as names or "
+            "(index, size). Let the data set take an integer, too."
+        ) from error
+
+
 def first_held_out_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """What a validation step would get as its first batch; ``None`` of a stream, which is not opened a second time."""
-    loader = held_out_loader(trainer)
-    if not has_positions(loader):
+    """What a validation step would get as its first batch; ``None`` of a stream, which is not opened a second time, and
+    of a loader that is no ``DataLoader``."""
+    loader = first_loader(trainer.val_dataloaders)
+    if not isinstance(loader, DataLoader) or not has_positions(loader):
         return None
     first = batches_of(positions_drawn_from(trainer, loader), loader.batch_size or 64)[:1]
     with undisturbed(trainer, pl_module):
-        return next((to_device(trainer, raw) for raw in reading(loader, first)), None)
+        batch = next((to_device(trainer, raw) for raw in reading(loader, first)), None)
+    return None if batch is None else as_step_batch(trainer, batch)
 
 
 def batches_at(
@@ -187,14 +207,14 @@ def _unpacked(trainer: pl.Trainer, pl_module: pl.LightningModule, loader: DataLo
     that a step gets."""
     grouper, training = find_grouper(trainer, loader), is_training_loader(trainer, loader)
     with in_stage(trainer, RunningStage.TRAINING if training else RunningStage.VALIDATING):
-        whole = as_training_batch(trainer.train_dataloader, batch) if training else batch
+        whole = as_joint_batch(trainer.train_dataloader, batch) if training else as_step_batch(trainer, batch)
         if whole is batch or not callable(getattr(pl_module, "unpack_batch", None)):
             return unpack_batch(batch, pl_module, grouper)
         try:
             return unpack_batch(whole, pl_module, grouper)
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise TypeError(
-                "Of several training loaders demem reads the first alone, as a batch that is "
+                "Of several loaders that are read together demem reads the first alone, as a batch that is "
                 f"{form_of(whole)}. unpack_batch(self, batch) cannot read that "
                 f"({type(error).__name__}: {error}); let it do without the others, and put the loader of the "
                 "labelled examples first."

@@ -12,7 +12,7 @@ from demem.sites.find import (
 )
 from demem.sites.gate import Gates, bake_gates, remove_gates
 from demem.sites.predictions import PredictionReader
-from demem.sites.read import ActivationReader, Reduce, deciding_heads, eager, reduce_activation
+from demem.sites.read import ActivationReader, Reduce, deciding_heads, eager, reduce_activation, restore_modes
 
 __all__ = [
     "ActivationReader",
@@ -32,4 +32,5 @@ __all__ = [
     "own_weight",
     "reduce_activation",
     "remove_gates",
+    "restore_modes",
 ]

@@ -22,8 +22,8 @@ class PredictionReader:
 
     In this order they are taken from ``"logits"`` or ``"preds"`` in what the step returns, from what the module's
     ``forward`` returned, and from what the classification head returned.  The head comes before ``forward`` where it is
-    named, because ``forward`` may return an embedding, and where ``forward`` returns the sigmoid of a single logit.  If
-    ``forward`` runs more than once in a step, the last output with one row per example counts.
+    named, where ``forward`` returns (first) the embedding that the head reads, and where it returns the sigmoid of a
+    single logit.  If ``forward`` runs more than once in a step, the last output with one row per example counts.
 
     ::
 
@@ -41,7 +41,7 @@ class PredictionReader:
     def __init__(self, head: str | None = None, ignore: Callable[[], bool] = _never) -> None:
         self.head = head
         self.ignore = ignore
-        self._seen: dict[str, list[Any]] = {"module": [], "head": []}
+        self._seen: dict[str, list[Any]] = {"module": [], "head": [], "read by the module": [], "read by the head": []}
         self._handles: list[RemovableHandle] = []
 
     def start(self, module: nn.Module) -> None:
@@ -57,8 +57,8 @@ class PredictionReader:
             if self.head is not None:
                 raise
         else:
-            self._handles.append(head.register_forward_hook(self._hook("head")))
-        self._handles.append(module.register_forward_hook(self._hook("module")))
+            self._handles.append(head.register_forward_hook(self._hook("head"), with_kwargs=True))
+        self._handles.append(module.register_forward_hook(self._hook("module"), with_kwargs=True))
 
     def stop(self) -> None:
         """Take the hooks off and forget what was seen."""
@@ -71,7 +71,7 @@ class PredictionReader:
     @property
     def ran(self) -> bool:
         """Whether the module or its head ran since :meth:`start`."""
-        return any(self._seen.values())
+        return bool(self._seen["module"] or self._seen["head"])
 
     def read(self, outputs: Any, size: int) -> Tensor:
         """Predictions of the step that ran since :meth:`start`.
@@ -95,6 +95,8 @@ class PredictionReader:
         module, head = self._logits("module", size), self._logits("head", size)
         if head is not None and (self.head is not None or module is None or _is_sigmoid(module, head)):
             return head
+        if head is not None and module is not None and self._is_read_by_the_head(module):
+            return head
         if module is not None:
             return module
         raise RuntimeError(
@@ -102,13 +104,21 @@ class PredictionReader:
             "{'loss': …, 'logits': …} (or 'preds') from the step, or name the layer with head='…'."
         )
 
-    def _hook(self, place: str) -> Callable[[nn.Module, Any, Any], None]:
+    def _hook(self, place: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         # A closure and no method: a copy of the model, made while a step runs, does not copy what was seen.
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self.ignore():
                 self._seen[place].append(output)
+                self._seen[f"read by the {place}"] += [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
         return keep
+
+    def was_given(self, value: Any) -> bool:
+        """Whether the module's ``forward`` was called with this very tensor since :meth:`start`."""
+        return any(x is value for x in self._seen["read by the module"])
+
+    def _is_read_by_the_head(self, output: Tensor) -> bool:
+        return any(x.shape == output.shape and torch.equal(x, output) for x in self._seen["read by the head"])
 
     def _logits(self, place: str, size: int) -> Tensor | None:
         for output in reversed(self._seen[place]):

@@ -102,6 +102,25 @@ def eager() -> Iterator[None]:
             _eager.pop().close()
 
 
+def restore_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    """Put every module in the mode that it had, by its own ``train`` where it does more than to note the mode (LoRA
+    layers that merge their weights for evaluation).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> modes = [(module, module.training) for module in model.modules()]
+        >>> _ = model.eval()
+        >>> restore_modes(modes)
+        >>> model[1].training
+        True
+    """
+    for module, mode in modes:
+        if type(module).train is not nn.Module.train:
+            module.train(mode)
+    for module, mode in modes:  # train() sets the modules within, too
+        module.training = mode
+
+
 class ActivationReader:
     """Context manager that collects the activations of several sites in one forward pass.
 
@@ -152,6 +171,11 @@ class ActivationReader:
         self._handles.clear()
         self._rows.clear()
         self._stack.close()
+
+    @property
+    def ran(self) -> bool:
+        """Whether any of the layers ran since the last call of :meth:`pop`."""
+        return bool(self._rows)
 
     def pop(self) -> dict[str, Tensor]:
         """Return ``{site name: (B, N)}`` of all forward passes since the last call, and forget them.

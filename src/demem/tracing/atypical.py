@@ -206,7 +206,7 @@ def choose_atypical(
         group: ``(S,)`` group indices, for ``"group"`` only.
         share: fraction of each class, for ``"margin"`` and ``"loss"``; default 0.2.
         group_counts: see :func:`atypical_by_group`.
-        num_classes: see :func:`atypical_by_score`; ``C`` if ``None``.
+        num_classes: see :func:`atypical_by_score`.
 
     Returns:
         bool ``(S,)``.
@@ -219,7 +219,6 @@ def choose_atypical(
         >>> choose_atypical("margin", logits, y)
         tensor([False,  True,  True, False])
     """
-    num_classes = logits.shape[1] if num_classes is None else num_classes
     if kind == "margin":
         return atypical_by_margin(margins(logits, y), y, share, num_classes)
     if kind == "loss":

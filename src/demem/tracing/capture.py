@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from demem.batch import Batch, apply_model, batch_size
-from demem.sites import ActivationReader, Site, eager
+from demem.sites import ActivationReader, Site, eager, restore_modes
 
 
 class Ranks(NamedTuple):
@@ -53,8 +54,7 @@ def evaluating(model: nn.Module, freeze: bool = True) -> Iterator[None]:
         with eager(), torch.inference_mode(False):
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        restore_modes(modes)
         for p, flag in wanted:
             p.requires_grad_(flag)
 
@@ -133,8 +133,12 @@ def select_rows(batch: Batch, chosen: Tensor) -> Batch:
     """Select examples of a batch.
 
     Args:
-        batch: inputs of any form; tensors in it that are as long as the batch are indexed.
+        batch: tensors in its inputs are indexed along the axis that is as long as the batch, the first or the second
+            ``(T, B)``; scalars and tensors of length 1 are left, and packed sequences are packed again.
         chosen: bool mask ``(B,)`` or indices, on the CPU or on the batch's device.
+
+    Raises:
+        ValueError: the inputs hold something else (a graph, the concatenated tokens of an ``nn.EmbeddingBag``).
 
     Example:
         >>> select_rows(Batch({"ids": torch.tensor([[7], [8], [9]])}, torch.tensor([0, 1, 1])), torch.tensor([2, 0]))
@@ -142,6 +146,8 @@ def select_rows(batch: Batch, chosen: Tensor) -> Batch:
                                 [7]])}, y=tensor([1, 0]), group=None)
     """
     index = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
+    if torch.equal(index.cpu(), torch.arange(batch_size(batch))):
+        return batch
     return Batch(
         _rows(batch.x, index, batch_size(batch)),
         batch.y[index.to(batch.y.device)],
@@ -151,12 +157,22 @@ def select_rows(batch: Batch, chosen: Tensor) -> Batch:
 
 def _rows(x: Any, index: Tensor, size: int) -> Any:
     if isinstance(x, Tensor):
-        return x[index.to(x.device)] if x.ndim and len(x) == size else x
-    if isinstance(x, Mapping):
+        if x.ndim == 0 or (len(x) == 1 and size > 1):
+            return x
+        if size in x.shape[:2]:
+            return x.index_select(0 if len(x) == size else 1, index.to(x.device))
+    elif isinstance(x, Mapping):
         return {key: _rows(value, index, size) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return type(x)(_rows(value, index, size) for value in x)
-    return x
+    elif isinstance(x, PackedSequence):
+        padded, lengths = pad_packed_sequence(x, batch_first=True)
+        return pack_padded_sequence(padded[index.to(padded.device)], lengths[index.cpu()], True, enforce_sorted=False)
+    elif isinstance(x, list | tuple):
+        parts = [_rows(value, index, size) for value in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    elif x is None or isinstance(x, bool | int | float | str):
+        return x
+    form = f"tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    raise ValueError(f"Single examples cannot be taken out of a {form} in a batch of {size}.")
 
 
 def per_unit(site: Site, channels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from demem.batch import Batch
+from demem.batch import Batch, batch_size
 from demem.sites import Site
 from demem.tracing.ablation import Effect, ablation_impact
 from demem.tracing.activation_difference import activation_difference_score
@@ -129,13 +129,18 @@ def two_step_score(
     """
     batches = batches if isinstance(batches, Sequence) else list(batches)
     _, chosen = labels_and_chosen(batches, atypical)
-    kept, start = [], 0
+    kept, masks, start = [], [], 0
     for batch in batches:
         here = chosen[start : start + len(batch.y)]
         start += len(batch.y)
         if bool(here.any()):
-            kept.append(select_rows(batch, here))
-    y, everything = labels_and_chosen(kept, None)
+            try:
+                kept.append(select_rows(batch, here))
+                masks.append(torch.ones(batch_size(kept[-1]), dtype=torch.bool))
+            except ValueError:  # the whole batch is run
+                kept.append(batch)
+                masks.append(here.cpu())
+    y, everything = labels_and_chosen(kept, torch.cat(masks) if masks else None)
     estimate = taylor_impact(model, sites, kept, ablate=ablate, ranks=ranks)
     scores = impact_score(estimate, y, everything, ranks, direction)
     total = sum(len(v) for v in scores.values())
