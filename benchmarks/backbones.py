@@ -106,9 +106,11 @@ def weights_file(backbone: str, settings: Settings) -> Path:
 
     Raises:
         FileNotFoundError: there is no such file or package.
-        ValueError: the file is not in the safetensors format.
+        ValueError: the file is not in the safetensors format, or ``--weights`` comes with EfficientNet-Lite0.
     """
     if backbone == "efficientnet_lite0":
+        if settings.weights is not None:
+            raise ValueError("--weights is for MobileNetV2; those of EfficientNet-Lite0 come with its package.")
         return lite0_file()
     return check_weights(settings.weights or settings.root("waterbirds") / "mobilenetv2_100" / "model.safetensors")
 

@@ -8,6 +8,7 @@ from benchmarks import backbones, waterbirds
 from benchmarks.__main__ import main as entry
 from benchmarks.backbones import Tail
 from benchmarks.compare import main
+from benchmarks.experiment import Settings
 from benchmarks.results import read_jsonl
 from benchmarks.waterbirds import WaterbirdsFeatures, cache_features
 
@@ -130,3 +131,11 @@ def test_missing_data_and_weights_are_named(tmp_path, capsys):
     (tmp_path / "waterbirds_v1.0" / "metadata.csv").touch()
     assert entry(["compare", "--data", "waterbirds", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "Pass --weights" in capsys.readouterr().err
+
+
+def test_weights_are_for_the_backbone_that_reads_a_file(tmp_path):
+    settings = Settings(tmp_path, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="--weights is for MobileNetV2"):
+        backbones.weights_file("efficientnet_lite0", settings)
+    with pytest.raises(FileNotFoundError, match="There are no weights at"):
+        backbones.weights_file("mobilenetv2", settings)

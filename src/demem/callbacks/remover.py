@@ -140,7 +140,7 @@ class MemorizationRemover(Callback):
         head: str | None = None,
         max_examples: int = 200_000,
         seed: int = 0,
-        report: str | Path | ReportOptions | None = None,
+        report: str | ReportOptions | Path | None = None,  # in this order, for the command line
     ) -> None:
         super().__init__()
         if fine_tune < 0 or max_examples < 1:
