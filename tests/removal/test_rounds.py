@@ -511,6 +511,30 @@ def test_training_examples_take_no_part_where_they_cost_the_worst_group():
     assert all(torch.equal(a.right, b.right) for a, b in zip(alone, joined, strict=True))
 
 
+def test_a_weight_is_not_chosen_that_makes_a_refit_too_dear():
+    from demem.removal.rounds import _best_on_average  # which weight it was does not show in a joint head
+
+    y = torch.arange(400) % 2
+    atypical = torch.arange(400) < 40  # of which the network gets three quarters right
+    held_out, typical = Examples(torch.zeros(400, 40), y, 2 * y + atypical), torch.tensor([0, 2])
+    third = torch.arange(400) % 3 == 0
+    trained = replace(
+        _rounds((0.7, 0.6, 0.6))[0][0], group=held_out.group, right=~(atypical & (torch.arange(400) % 8 < 2))
+    )
+    cheap, dear = (
+        replace(trained, weight=weight, right=torch.where(atypical, gained | trained.right, ~lost))
+        for weight, gained, lost in (
+            (3.0, torch.arange(400) < 1, torch.arange(400) % 50 == 0),
+            (30.0, torch.ones(400, dtype=torch.bool), third & (torch.arange(400) % 2 == 0)),
+        )
+    )
+    assert dear.balanced > cheap.balanced
+    assert _best_on_average([cheap, dear], trained, held_out, typical).weight == 3.0
+    assert _best_on_average([dear], trained, held_out, typical).weight == 30.0  # there is no other
+    misled = replace(trained, right=trained.right & ~atypical)
+    assert _best_on_average([cheap, dear], misled, held_out, typical).weight == 30.0
+
+
 @pytest.mark.parametrize(
     ("n", "seed", "alone", "weight"), [(100, 2, True, 3.0), (200, 5, False, 10.0), (400, 2, False, 3.0)]
 )

@@ -157,9 +157,9 @@ def remove_in_rounds(
     With ``join``, and where a class has fewer atypical examples held out than traced in training, all rounds are judged
     by purer groups of the held-out examples (:func:`purify`), as hard ones among the inferred minority hide what a
     refit gives the others.  Of the weights the one that is best on the mean of the groups stays, as on the worst of
-    them a head that guesses often is.  The head is then the mean of two: the one with that weight, and, counting twice,
-    another that is fitted on the training examples as well, in which atypical examples weigh 10 and the groups of both
-    are purer.
+    them a head that guesses often is, and of those that :func:`choose_round` would not call too dear.  The head is then
+    the mean of two: the one with that weight, and, counting twice, another that is fitted on the training examples as
+    well, in which atypical examples weigh 10 and the groups of both are purer.
     Where a class has fewer than 10 atypical ones held out, it is the latter alone.  A weight of 3 follows, and then no
     training examples, where the cross-fitted accuracy on the worst group, as inferred, falls by more than a standard
     error.  The first head's weight is chosen without training examples, which the network has fitted.
@@ -237,9 +237,9 @@ def remove_in_rounds(
         return _judge(share, weight, gate, score, held_out, purer.group, [*own, *joint], l2, num_classes, plan)
 
     tried = [judge(0.0, float(w)) for w in heavier]
-    # The first, and smallest, of equals.
-    best = max(tried, key=lambda round_: round_.balanced if few else round_.worst)
+    best = max(tried, key=lambda round_: round_.worst)  # the first, and smallest, of equals
     if few and typical is not None:
+        best = _best_on_average(tried, rounds[0], held_out, typical)
         both = purer.joined(purify(train, purer, typical, l2))
         worst, standard_error = _worst(best.right, held_out.group)
         for more in JOINT_WEIGHTS:
@@ -268,6 +268,16 @@ def remove_in_rounds(
         traced = fit_linear(train.features * gate, train.y, even, l2, num_classes)
         rounds.append(judge(share, weight))
     return rounds
+
+
+def _best_on_average(tried: Sequence[Round], trained: Round, held_out: Examples, typical: Tensor) -> Round:
+    """Of the rounds that are not too dear to be kept the best on the mean of the groups, the first of equals."""
+    inferred, purer = held_out.atypical(typical), held_out._replace(group=trained.group).atypical(typical)
+
+    def is_dear(right: Tensor) -> bool:
+        return _is_dear(_lost(right, trained.right, held_out.y, purer), right, trained.right, inferred)
+
+    return max([r for r in tried if not is_dear(r.right)] or tried, key=lambda r: r.balanced)
 
 
 def as_trained(held_out: Examples, trained: LinearHead) -> Round:
