@@ -78,7 +78,9 @@ def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
     if trainer.val_dataloaders is None and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
     loader = first_loader(trainer.val_dataloaders)
-    if not isinstance(loader, DataLoader) or trainer.limit_val_batches == 0 or _is_empty(loader):
+    # With several processes one may have examples where another has none; the pass over them says so on all.
+    empty = isinstance(loader, DataLoader) and trainer.world_size == 1 and _is_empty(loader)
+    if not isinstance(loader, DataLoader) or trainer.limit_val_batches == 0 or empty:
         raise ValueError(
             "demem needs held-out examples: give the Trainer a validation DataLoader (and do not set "
             "limit_val_batches=0 or a fast run without validation)."
