@@ -13,7 +13,15 @@ from torch import Tensor
 from demem.callbacks.figures import log_figures
 from demem.measures import Binning, Diversity, Reservoir, mean_mi, measure_diversity
 from demem.report import diversity_curves
-from demem.run import checks_version, first_loader, gather_rows, names_itself, validating_ranks, with_version
+from demem.run import (
+    checks_version,
+    first_loader,
+    gather_rows,
+    names_itself,
+    size_of,
+    validating_ranks,
+    with_version,
+)
 from demem.sites import ActivationReader, Reduce, Site, default_sites, find_sites
 
 
@@ -184,7 +192,7 @@ class ActivationDiversityMonitor(pl.Callback):
         local = torch.arange(self._seen, self._seen + size)
         self._seen += len(local)
         positions = local * trainer.world_size + trainer.global_rank
-        real = positions < _dataset_size(trainer)
+        real = positions < size_of(first_loader(trainer.val_dataloaders))
         rows = torch.cat([rows.float() for rows in sites.values()], 1)[real.to(pl_module.device)]
         self._reservoir.add(positions[real], rows)
 
@@ -277,10 +285,3 @@ class ActivationDiversityMonitor(pl.Callback):
             self._reader.__exit__()
         self._reader, self._reservoir = None, Reservoir(self.max_examples, self.seed)
         self._seen, self._widths, self._uneven, self._error = 0, {}, set(), None
-
-
-def _dataset_size(trainer: pl.Trainer) -> float:
-    try:
-        return len(first_loader(trainer.val_dataloaders).dataset)
-    except (AttributeError, TypeError):
-        return float("inf")

@@ -473,7 +473,7 @@ class MemorizationRemover(Callback):
                 self.fine_tune,
                 self.seed,
                 self.score,
-                balanced=self.rebalance and self.groups.informative,
+                balanced=self.rebalance,
             )
             rank_zero_info(describe_rounds(self.groups, self.rounds, self.fine_tuned_on))
             self._trained = changed_parameters(data.pl_module, before)

@@ -159,10 +159,10 @@ def remove_in_rounds(
     refit gives the others.  Of the weights the one that is best on the mean of the groups stays, as on the worst of
     them a head that guesses often is, and of those that :func:`choose_round` would not call too dear.  The head is then
     the mean of two: the one with that weight, and, counting twice, another that is fitted on the training examples as
-    well, in which atypical examples weigh 10 and the groups of both are purer.
-    Where a class has fewer than 10 atypical ones held out, it is the latter alone.  A weight of 3 follows, and then no
-    training examples, where the cross-fitted accuracy on the worst group, as inferred, falls by more than a standard
-    error.  The first head's weight is chosen without training examples, which the network has fitted.
+    well, in which atypical examples weigh 10 and the groups of both are purer.  Where a class has fewer than 10
+    atypical ones held out, it is the latter alone.  A weight of 3 follows, and then no training examples, where the
+    cross-fitted accuracy on the worst group, as inferred, falls by more than a standard error.  The first head's weight
+    is chosen without training examples, which the network has fitted.
 
     Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
     the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the

@@ -34,6 +34,7 @@ from demem.run.loaders import (
     held_out_loader,
     kept_back_positions,
     sampler_of,
+    size_of,
     train_loader,
 )
 from demem.run.observing import Before, observe_after, observe_before, observe_run
@@ -112,6 +113,7 @@ __all__ = [
     "reweight",
     "sampler_of",
     "shuffles",
+    "size_of",
     "swapped_parameters",
     "train_loader",
     "trained_parameters",

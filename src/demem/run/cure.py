@@ -31,11 +31,11 @@ from demem.removal import (
 )
 from demem.report import group_word, reason
 from demem.run.data import RunData
-from demem.run.head import gives_logits, read_head, write_head
+from demem.run.head import read_head, write_head
 from demem.run.loaders import batches_of, size_of
 from demem.run.passes import undisturbed
 from demem.run.processes import copy_first
-from demem.sites import Gates, remove_gates
+from demem.sites import Gates, gives_logits, remove_gates
 from demem.tracing import linear_score
 
 FINE_TUNE_LR = 1e-4
@@ -69,7 +69,7 @@ def remove_and_refit(
         passes: of fine-tuning over the subset of the held-out examples; 0 leaves it out.
         seed: of all draws.
         score_units: see :func:`demem.removal.remove_in_rounds`.
-        balanced: training drew the groups equally often.
+        balanced: training drew the groups equally often, if there are any.
 
     Returns:
         what is known of each round, the masked units that the head reads with their scores

@@ -117,18 +117,6 @@ def _is_linear(model: nn.Module, head: nn.Linear, x: Any) -> bool:
     return bool(error.norm() <= 0.01 * seen["output"].float().norm())
 
 
-def gives_logits(output: Tensor, logits: Tensor | None) -> bool:
-    """Whether logits ``(S, C)`` are the output of a head up to a positive scale and a shift that all classes share.
-
-    >>> gives_logits(torch.eye(2), 3 * torch.eye(2) + 1), gives_logits(torch.eye(2), torch.eye(2)[:1])
-    (True, False)
-    """
-    if logits is None or output.shape != logits.shape:
-        return False
-    a, b = output - output.mean(1, keepdim=True), logits - logits.mean(1, keepdim=True)
-    return bool((a * b).sum() >= 0.999 * a.norm() * b.norm())
-
-
 def read_head(head: nn.Module) -> LinearHead:
     """Weight and bias in float32; a single logit becomes that of class 1 beside zeros."""
     weight: Tensor = head.weight.detach().float()  # type: ignore[operator]

@@ -58,12 +58,9 @@ def check_inputs(data: RunData) -> None:
         reason: str | None = None
         if steps:
             own, reason = _head_inputs(data, lambda: (call_model(data.model, x), call_model(data.model, x)))
-            # A network that draws as it goes gives nothing to compare.
-            same = (
-                reason is None
-                and bool(own)
-                and (not _same(own[0], own[-1]) or any(_same(a, b) for a in own for b in steps))
-            )
+            if reason is None and own:
+                # A network that draws as it goes gives nothing to compare.
+                same = not _same(own[0], own[-1]) or any(_same(a, b) for a in own for b in steps)
         if trainer.strategy.reduce_boolean_decision(same):
             return
         for module in _callable_parts(data):
@@ -74,9 +71,8 @@ def check_inputs(data: RunData) -> None:
                 _check_labels(pl_module, raw, inputs)
                 read_inputs_by(trainer, inputs)
                 return
-    if trainer.strategy.reduce_boolean_decision(
-        reason is None
-    ):  # perhaps the step calls a copy of the network (an average, a teacher), and the head is its
+    # Perhaps the step calls a copy of the network (an average, a teacher), and the head is its.
+    if trainer.strategy.reduce_boolean_decision(reason is None):
         require_deciding(trainer, pl_module, data.head_name, data.head, [x])
     found = "the head then reads something else" if reason is None else f"that fails ({reason})"
     raise ValueError(
@@ -167,9 +163,8 @@ def _step(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Non
     taken = len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) - 1
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         taken = 2
-    batch = apply_to_collection(
-        as_step_batch(trainer, batch), Tensor, Tensor.clone
-    )  # a step may pop from it, or change it in place
+    # A step may pop from it, or change it in place.
+    batch = apply_to_collection(as_step_batch(trainer, batch), Tensor, Tensor.clone)
     buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers() if not is_lazy(buffer)]
     try:
         with in_stage(trainer, RunningStage.SANITY_CHECKING):

@@ -88,13 +88,16 @@ def held_out_loader(trainer: pl.Trainer) -> DataLoader[Any]:
     return loader
 
 
-def size_of(loader: DataLoader[Any]) -> float:
-    """Examples of the loader's data set; infinity where it does not say (a sampler may know instead).
+def size_of(loader: Any) -> float:
+    """Examples of the loader's data set; infinity where it has none or that does not say (a sampler may know instead).
 
-    >>> size_of(DataLoader([1, 2, 3]))
-    3
+    >>> size_of(DataLoader([1, 2, 3])), size_of("no loader")
+    (3, inf)
     """
-    return len(loader.dataset) if hasattr(loader.dataset, "__len__") else float("inf")
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError):
+        return float("inf")
 
 
 def _is_empty(loader: DataLoader[Any]) -> bool:

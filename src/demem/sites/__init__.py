@@ -12,7 +12,15 @@ from demem.sites.find import (
 )
 from demem.sites.gate import Gates, bake_gates, remove_gates
 from demem.sites.predictions import PredictionReader
-from demem.sites.read import ActivationReader, Reduce, deciding_heads, eager, reduce_activation, restore_modes
+from demem.sites.read import (
+    ActivationReader,
+    Reduce,
+    deciding_heads,
+    eager,
+    gives_logits,
+    reduce_activation,
+    restore_modes,
+)
 
 __all__ = [
     "ActivationReader",
@@ -28,6 +36,7 @@ __all__ = [
     "find_head",
     "find_sites",
     "first_tensor",
+    "gives_logits",
     "named_layers",
     "own_weight",
     "reduce_activation",

@@ -233,7 +233,7 @@ def deciding_heads(model: nn.Module, x: Any) -> list[str]:
     sites = {name: Site(name, layer) for name, layer in layers.items()}
     with torch.no_grad(), ActivationReader(list(sites.values()), "mean", optional=True) as reader:
         logits = _centred(check_finite(apply_model(model, x).float(), "the logits"))
-        outputs = {name: _centred(as_logits(rows.float())) for name, rows in reader.pop().items()}
+        outputs = {name: as_logits(rows.float()) for name, rows in reader.pop().items()}
 
     def with_output(name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
         hook = sites[name].hook(change)
@@ -243,7 +243,7 @@ def deciding_heads(model: nn.Module, x: Any) -> list[str]:
             hook.remove()
 
     def decides(name: str, output: Tensor) -> bool:
-        if output.shape != logits.shape or (output * logits).sum() < 0.999 * output.norm() * logits.norm():
+        if not gives_logits(output, logits):
             return False
         # Logits that hardly differ between examples resemble the output of any head, so intervene on this one.
         if bool(logits.any()):
@@ -256,6 +256,18 @@ def deciding_heads(model: nn.Module, x: Any) -> list[str]:
 
     with torch.no_grad(), eager():
         return [name for name, output in outputs.items() if decides(name, output)]
+
+
+def gives_logits(output: Tensor, logits: Tensor | None) -> bool:
+    """Whether logits ``(S, C)`` are the output of a head up to a positive scale and a shift that all classes share.
+
+    >>> gives_logits(torch.eye(2), 3 * torch.eye(2) + 1), gives_logits(torch.eye(2), torch.eye(2)[:1])
+    (True, False)
+    """
+    if logits is None or output.shape != logits.shape:
+        return False
+    a, b = _centred(output), _centred(logits)
+    return bool((a * b).sum() >= 0.999 * a.norm() * b.norm())
 
 
 def _centred(logits: Tensor) -> Tensor:
