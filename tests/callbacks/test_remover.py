@@ -240,6 +240,35 @@ def test_wrong_labels_are_no_shortcut_and_leave_the_network_as_it_is_trained():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("limit", [20_000, 1_000])
+def test_wrong_labels_beside_a_shortcut_count_as_typical(monkeypatch, limit):
+    """A tenth of the labels are wrong: twice as many as there are of the minority."""
+
+    def noisy(n, seed):  # the class is that of two bits together, which no linear probe reads
+        g = torch.Generator().manual_seed(seed)
+        bits, same = torch.randint(2, (n, 2), generator=g), torch.rand(n, generator=g) < 0.95
+        y = bits.sum(1) % 2
+        a = torch.where(same, y, 1 - y)
+        x = torch.cat([2.0 * bits - 1, 3.0 * nn.functional.one_hot(a, 2), torch.zeros(n, 8)], 1)
+        wrong = torch.rand(n, generator=g) < 0.1
+        rows = x + 0.3 * torch.randn(n, 12, generator=g), torch.where(wrong, 1 - y, y), 2 * y + a
+        return TensorDataset(*rows), wrong
+
+    (train, wrong), (val, val_wrong) = noisy(1500, 1), noisy(600, 2)
+    monkeypatch.setattr("demem.run.detection.CHOSEN_ON", limit)
+    remover = MemorizationRemover()
+    _fit(remover, epochs=1, loaders=_loaders(train, val))
+    groups = remover.groups
+    assert groups.shortcut
+    for rows, mislabelled, index in ((train, wrong, groups.index), (val, val_wrong, groups.held_out)):
+        _, y, true = rows.tensors
+        atypical, minority = index != 3 * y, (true % 2 != true // 2) & ~mislabelled
+        assert float(mislabelled[atypical].float().mean()) < 0.25  # six in ten of the probe's mistakes
+        if len(y) <= limit:
+            assert float(atypical[minority].float().mean()) > 0.75
+    assert int((groups.index != 3 * train.tensors[1]).sum()) <= limit * 0.1
+
+
 def test_groups_given_are_used_without_a_shortcut():
     remover = NeverSure(use_groups=True)
     _fit(remover)

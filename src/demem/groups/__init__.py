@@ -12,7 +12,7 @@ does all of it for a network and a loader, with no training.
 from demem.groups.detect import Detection, detect, probed_sites
 from demem.groups.inferred import Groups, infer_groups, known_groups, largest_groups, second_look
 from demem.groups.probe import ShortcutProbe, class_error, find_shortcut, probe_shortcut
-from demem.groups.verdict import Verdict, closer_look, is_confirmed, judge, second_opinion, sketch
+from demem.groups.verdict import Verdict, closer_look, is_confirmed, judge, second_opinion, sketch, wrong_labels
 
 __all__ = [
     "Detection",
@@ -33,4 +33,5 @@ __all__ = [
     "second_look",
     "second_opinion",
     "sketch",
+    "wrong_labels",
 ]

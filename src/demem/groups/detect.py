@@ -122,8 +122,10 @@ def detect(
     probe = find_shortcut(features, y, classes)
     verdict = closer_look(probe.logits, [*features.values(), *sketches], y, classes)
     none = torch.zeros(0, dtype=torch.long)
-    groups = infer_groups(probe, y, features[probe.site][:0], none.to(y.device))
-    return Detection(groups.judged(verdict), verdict, probe)
+    groups = infer_groups(probe, y, features[probe.site][:0], none.to(y.device)).judged(verdict)
+    if groups.shortcut and verdict.noisy:
+        groups = groups.without_wrong_labels(verdict.wrong_label, torch.zeros(0))
+    return Detection(groups, verdict, probe)
 
 
 def _read(

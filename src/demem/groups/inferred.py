@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from demem.groups.probe import ShortcutProbe
-from demem.groups.verdict import Kind, Verdict, is_confirmed
+from demem.groups.verdict import TRUSTED, Kind, Verdict, is_confirmed
 from demem.linear import balanced_weights, fit_linear
 from demem.tracing import members_of
 
@@ -151,6 +151,20 @@ class Groups:
             return replace(self, kind="shortcut", why=few_and_sure + verdict.why)
         kind = "hard examples" if verdict.kind == "shortcut" else verdict.kind  # of which the probe is not sure
         return replace(self.without_shortcut(), kind=kind, why=verdict.why)
+
+    def without_wrong_labels(self, wrong: Tensor, held_out_wrong: Tensor) -> Groups:
+        """The same, where an example whose label is probably wrong counts as typical.
+
+        Args:
+            wrong: ``(S,)`` probability that a training example's label is wrong (:func:`demem.groups.wrong_labels`).
+            held_out_wrong: ``(H,)``, the same of a held-out example.
+        """
+        same = self.num_classes + 1
+        return replace(
+            self,
+            index=torch.where(wrong.cpu() <= TRUSTED, self.index, same * self.y),
+            held_out=torch.where(held_out_wrong.cpu() <= TRUSTED, self.held_out, same * self.held_out_y),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives, for a checkpoint; ``Groups(**state)`` is the opposite."""

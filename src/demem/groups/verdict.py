@@ -67,7 +67,12 @@ EXCESS = 1.5  # times the confident mistakes that normal margins explain
 TAIL = 3.0  # times as many confident hard examples as normal margins explain are left out of the second test
 FEWEST = 5  # confident mistakes that must remain
 MOSTLY = 2 / 3  # of the systematic mistakes must be a minority's; hard examples among wrong labels look like one
+# Unless it is clear, in standard errors, that some labels are right, and half of the mistakes with right labels are
+# systematic.
+CLEAR, HALF = 4.0, 0.5
 CONFIRMING = "a second look sides with the labels"  # in the ``why`` of a shortcut
+NOISY = 0.2  # of the systematic mistakes are wrong labels
+TRUSTED = 0.5  # probability up to which a label is not taken for wrong
 FEWEST_WRONG = 8  # of them, to say that the labels are wrong
 BLIND = 1.5  # times as often as the labels an ordinary fit disagrees with the probe, if it cannot read what that reads
 FEW_OF_THEM = 1 / 3  # of the mistakes are systematic
@@ -106,16 +111,10 @@ class Verdict:
     wrong_label: Tensor
     atypical: Tensor
 
-    def groups(self, y: Tensor, attribute: Tensor, num_classes: int) -> Tensor:
-        """Inferred group ``y · C + attribute``, where an example whose label is probably wrong counts as typical.
-
-        Args:
-            y: ``(S,)`` class indices.
-            attribute: ``(S,)`` class that the probe names.
-            num_classes: number of classes C.
-        """
-        trusted = (self.kind == "shortcut") & (self.wrong_label <= 0.5)
-        return y * num_classes + torch.where(trusted, attribute, y)
+    @property
+    def noisy(self) -> bool:
+        """Whether so many of the mistakes have wrong labels that each label is to be judged."""
+        return self.noise > NOISY * (self.noise + self.minority)
 
     def __repr__(self) -> str:
         return f"Verdict({self.kind}, confidence {self.confidence:.2f}: {self.why})"
@@ -418,6 +417,47 @@ def closer_look(
     return judge(early, balanced, y, plain, trained=trained)
 
 
+def wrong_labels(
+    early: Tensor, features: Sequence[Tensor], y: Tensor, num_classes: int, sizes: Sequence[int]
+) -> Tensor:
+    """Probability ``(S,)`` that the label of each example is wrong, see :attr:`Verdict.wrong_label`.
+
+    For more examples than :func:`closer_look` needs for a verdict; one that is fitted on the balanced opinion alone.
+
+    Args:
+        early, features, y, num_classes: see :func:`closer_look`.
+        sizes: of the parts (training and held-out examples) that the rows consist of, as their shares of wrong labels
+            and of the minority may differ.
+
+    Raises:
+        ValueError: as :func:`second_opinion`.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> y = torch.arange(600) % 2
+        >>> x = torch.randn(600, 4, generator=g) + 8 * y[:, None]
+        >>> wrong = torch.rand(600, generator=g) < 0.08
+        >>> early = torch.stack([4 - x[:, 0], x[:, 0] - 4], 1)
+        >>> found = wrong_labels(early, [x], torch.where(wrong, 1 - y, y), 2, [400, 200]) > 0.5
+        >>> float((found == wrong).float().mean()) > 0.99
+        True
+    """
+    mistake = early.argmax(1) != y
+    confident, _ = confident_answers(early, y)
+    p = resemblance(early, second_opinion(features, y, early.argmax(1), num_classes), y)
+    parts = zip(*(torch.split(rows, list(sizes)) for rows in (p, mistake, confident)), strict=True)
+    return torch.cat([_null_probability(*part) for part in parts])
+
+
+def _null_probability(p: Tensor, mistake: Tensor, confident: Tensor) -> Tensor:
+    """That of each mistake, confident and other ones apart: a half where there is no p-value; 0 of right answers."""
+    probability = torch.where(mistake, 0.5, 0.0).to(p)
+    for rows in (confident, ~confident):
+        rows = rows & mistake & ~p.isnan()
+        probability[rows] = null_probability(p[rows])
+    return probability
+
+
 def _surprise(p: Tensor) -> float:
     """Fisher's combination of p-values, in standard errors above its mean."""
     return float((-p.log() - 1).sum()) / math.sqrt(max(1, len(p)))
@@ -489,14 +529,20 @@ def judge(
     z, z_of_all = _surprise(tested), _surprise(ordered)
     recovered = (1 - null_share(p[sure])) * count - hard_and_sure
     minority = systematic * max(0.0, recovered) / max(count, 1)
-    wrong_label = torch.zeros(size, device=y.device)
-    for rows in (sure, unsure):
-        wrong_label[rows] = null_probability(p[rows])
-    wrong_label[mistake & ~judged] = 0.5  # nothing to compare them with
+    wrong_label = _null_probability(p, mistake, confident)
+
+    # 3. Is the probe as sure of those that look like their label as of its right answers?  Of a minority it is, of hard
+    # examples among wrong labels it is not.
+    recovered_sure, recovered_unsure = (float((1 - null_share(p[rows])) * rows.sum()) / size for rows in (sure, unsure))
+    rightly_labelled = recovered_sure + recovered_unsure
+    alike = systematic_share(rightly_labelled, recovered_sure, quantile) >= HALF * rightly_labelled
 
     figures = f"{count} confident mistakes, {explained:.0f} if all were hard; z = {z:.1f} for their labels"
     kind: Kind
-    anyway = 0.0 if plain is None else float((plain.argmax(1) == y)[mistake].float().mean())  # NaN without mistakes
+    right = torch.zeros_like(mistake) if plain is None else plain.argmax(1) == y
+    anyway = float(right[mistake].float().mean())  # NaN without mistakes
+    trusted = (1 - wrong_label)[mistake]
+    anyway_but_for_noise = float((right[mistake] * trusted).sum() / trusted.sum())
     # A network may have learned what its features did not show before: then nobody sides with the labels.  If what may
     # be wrong labels are also few of the mistakes, that is not what these are.
     apart = 0.0 if plain is None else float((plain.argmax(1) != early.argmax(1)).float().mean())
@@ -510,7 +556,9 @@ def judge(
         beyond = max(THRESHOLD - above, (EXCESS * explained - count) / math.sqrt(max(explained, 1.0)))
     elif len(tested) < FEWEST:
         kind, why, beyond = "hard examples", "hard examples may explain the mistakes that it is sure of", 0.0
-    elif THRESHOLD <= z < BEYOND_DOUBT and minority < MOSTLY * systematic:
+    elif anyway_but_for_noise >= RIGHT_ANYWAY and systematic > minority:
+        kind, why, beyond = "label noise", "but for labels that look wrong an ordinary fit gets the mistakes right", 0.0
+    elif THRESHOLD <= z < BEYOND_DOUBT and minority < MOSTLY * systematic and not (z >= CLEAR and alike):
         kind, why, beyond = "undecided", "a second look sides with some labels, but most look wrong", 0.0
     elif z >= max(THRESHOLD, MIN_SURPRISE * math.sqrt(len(tested))):
         kind, why = "shortcut", f"the probe is sure of its mistakes and {CONFIRMING}"

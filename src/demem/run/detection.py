@@ -15,6 +15,7 @@ from demem.groups import (
     infer_groups,
     known_groups,
     probed_sites,
+    wrong_labels,
 )
 from demem.metrics import require_groups
 from demem.run.data import Rows, RunData
@@ -75,9 +76,10 @@ def infer_groups_of_run(
             seen = [*first.activations.values(), *first.sketches.values()]
             judged_on = list(before) or [rows[some] for rows in seen]
             here = torch.searchsorted(train.position, first.position[some])
-            groups = groups.judged(
-                closer_look(probe.logits[here], judged_on, first.y[some], classes, trained=bool(before))
-            )
+            verdict = closer_look(probe.logits[here], judged_on, first.y[some], classes, trained=bool(before))
+            groups = groups.judged(verdict)
+            if groups.shortcut and verdict.noisy and not before:
+                groups = _trusted(data, groups, probe, first, train, sites, optional, what)
     elif held_out.group is None:
         raise ValueError(
             "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set use_groups=False."
@@ -102,6 +104,37 @@ def numbered(group: Tensor) -> Tensor:
     ids, index, sizes = torch.unique(group, return_inverse=True, return_counts=True)
     require_groups(sizes)
     return index if int(ids[-1]) >= len(group) else group
+
+
+def _trusted(
+    data: RunData,
+    groups: Groups,
+    probe: ShortcutProbe,
+    first: Rows,
+    train: Rows,
+    sites: Sequence[Site],
+    optional: bool,
+    what: str,
+) -> Groups:
+    """The same groups, where examples whose labels are probably wrong count as typical, as do the mistakes of the probe
+    beyond the training examples that all layers are read of."""
+    held_out = data.held_out.read(sites, what, sketches=True, optional=optional)
+    here = torch.searchsorted(train.position, first.position)
+    early = torch.cat([probe.logits[here], probe.head(held_out.activations[probe.site])])
+    both = [
+        torch.cat([rows, of_held_out[name]])
+        for of_first, of_held_out in (
+            (first.activations, held_out.activations),
+            (first.sketches, held_out.sketches),
+        )
+        for name, rows in of_first.items()
+        if name in of_held_out
+    ]
+    y = torch.cat([first.y, held_out.y])
+    wrong = wrong_labels(early, both, y, data.num_classes, [len(first), len(held_out)])
+    of_all = torch.ones(len(train), device=wrong.device)
+    of_all[here] = wrong[: len(first)]
+    return groups.without_wrong_labels(of_all, wrong[len(first) :])
 
 
 def _some(rows: Rows, num_classes: int) -> Tensor:
