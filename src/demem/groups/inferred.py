@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from demem.groups.probe import ShortcutProbe
-from demem.groups.verdict import TRUSTED, Kind, Verdict, is_confirmed
+from demem.groups.verdict import FEW_ERRORS, TRUSTED, Kind, Verdict, is_confirmed
 from demem.linear import balanced_weights, fit_linear
 from demem.tracing import members_of
 
 MANY_ERRORS = 0.25  # × chance's error; a probe that makes more is not trusted with the transfer of known groups
-FEW_ERRORS = 0.15  # × chance's error; up to here mistakes count as a shortcut's without further evidence
 _KNOWN_L2 = 1e-2
 
 

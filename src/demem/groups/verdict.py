@@ -34,6 +34,12 @@ its p is small.  Under wrong labels alone :math:`-\ln p` has mean 1 nat and vari
 :math:`z = (\sum -\ln p - n) / \sqrt n` is a test that needs no group label, Storey's estimate gives the share of wrong
 labels among the confident mistakes, and the local false discovery rate says it of each example.
 
+*A minority among wrong labels.*  Storey's estimate, of the confident mistakes and of the others, gives how many of each
+have a right label.  Where these are few in all, the share :math:`\sigma` that explains them is a minority's if it is at
+least half of them: the probe is as sure of a minority as of its right answers, and unsure of most hard examples,
+however many wrong labels there are beside them.  And what an ordinary fit gets right anyway is counted with each
+mistake's probability that its label is right, since nobody gets wrong labels right.
+
 Nothing here is trained on the example that is judged, so memorization hides nothing; and the rule speaks for a shortcut
 on positive evidence only: where the second predictor cannot read the class, wrong labels and a minority look the same,
 and the verdict is not "shortcut".
@@ -67,9 +73,10 @@ EXCESS = 1.5  # times the confident mistakes that normal margins explain
 TAIL = 3.0  # times as many confident hard examples as normal margins explain are left out of the second test
 FEWEST = 5  # confident mistakes that must remain
 MOSTLY = 2 / 3  # of the systematic mistakes must be a minority's; hard examples among wrong labels look like one
-# Unless it is clear, in standard errors, that some labels are right, and half of the mistakes with right labels are
+# Unless it is clear, in standard errors, that some labels are right, and these mistakes are few and half of them
 # systematic.
 CLEAR, HALF = 4.0, 0.5
+FEW_ERRORS = 0.15  # × chance's error
 CONFIRMING = "a second look sides with the labels"  # in the ``why`` of a shortcut
 NOISY = 0.2  # of the systematic mistakes are wrong labels
 TRUSTED = 0.5  # probability up to which a label is not taken for wrong
@@ -422,7 +429,7 @@ def wrong_labels(
 ) -> Tensor:
     """Probability ``(S,)`` that the label of each example is wrong, see :attr:`Verdict.wrong_label`.
 
-    For more examples than :func:`closer_look` needs for a verdict; one that is fitted on the balanced opinion alone.
+    A verdict needs some examples, which :func:`closer_look` reads; this says it of all.
 
     Args:
         early, features, y, num_classes: see :func:`closer_look`.
@@ -535,7 +542,8 @@ def judge(
     # examples among wrong labels it is not.
     recovered_sure, recovered_unsure = (float((1 - null_share(p[rows])) * rows.sum()) / size for rows in (sure, unsure))
     rightly_labelled = recovered_sure + recovered_unsure
-    alike = systematic_share(rightly_labelled, recovered_sure, quantile) >= HALF * rightly_labelled
+    few = rightly_labelled <= FEW_ERRORS * (1 - 1 / early.shape[1])
+    alike = few and systematic_share(rightly_labelled, recovered_sure, quantile) >= HALF * rightly_labelled
 
     figures = f"{count} confident mistakes, {explained:.0f} if all were hard; z = {z:.1f} for their labels"
     kind: Kind

@@ -78,7 +78,8 @@ def infer_groups_of_run(
             here = torch.searchsorted(train.position, first.position[some])
             verdict = closer_look(probe.logits[here], judged_on, first.y[some], classes, trained=bool(before))
             groups = groups.judged(verdict)
-            if groups.shortcut and verdict.noisy and not before:
+            # All processes or none read once more.
+            if data.trainer.strategy.broadcast(groups.shortcut and verdict.noisy and not before):
                 groups = _trusted(data, groups, probe, first, train, sites, optional, what)
     elif held_out.group is None:
         raise ValueError(
