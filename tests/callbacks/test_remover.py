@@ -216,6 +216,23 @@ def test_without_a_shortcut_a_clearly_better_refit_is_kept():
     assert _worst(module) > _worst(plain) + 0.1
 
 
+def test_a_refit_that_would_follow_the_probe_is_not_kept_without_a_shortcut(monkeypatch):
+    """The network has learned nothing, and in the slice the attribute goes with the class: any head is better."""
+
+    class Untrained(Net):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 0.0)
+
+    _verdicts(monkeypatch, "label noise")
+    remover = MemorizationRemover()
+    _fit(remover, Untrained(), epochs=1, loaders=_loaders(TRAIN, _set(200, 0.9, 5)))
+    kept = next(r for r in remover.rounds if r.chosen)
+    assert not remover.groups.shortcut
+    assert max(r.average for r in remover.rounds) > kept.average + 0.2
+    assert not kept.refitted
+    assert "a refit would follow the early probe" in remover.summary()
+
+
 def test_wrong_labels_are_no_shortcut_and_leave_the_network_as_it_is_trained():
     """The class is in plain sight, and a tenth of the labels are wrong."""
 

@@ -36,6 +36,7 @@ class Groups:
         why: the figures behind it, in one sentence.
         known: whether the groups are true ones of the held-out examples, transferred to the training examples.
         epoch: epochs of training that went before.
+        suspect: ``(H,)`` bool, held-out examples that the probe gets wrong, where it follows no shortcut.
     """
 
     index: Tensor
@@ -51,6 +52,7 @@ class Groups:
     epoch: int = 0
     kind: Kind = "undecided"
     why: str = ""
+    suspect: Tensor | None = None
 
     def __repr__(self) -> str:
         what = "known groups" if self.known else "a shortcut" if self.shortcut else f"no shortcut, {self.kind}"
@@ -103,7 +105,8 @@ class Groups:
         if self.known:
             return replace(self, shortcut=False)
         same = self.num_classes + 1
-        return replace(self, shortcut=False, index=same * self.y, held_out=same * self.held_out_y)
+        suspect = self.held_out != same * self.held_out_y if self.suspect is None else self.suspect
+        return replace(self, shortcut=False, index=same * self.y, held_out=same * self.held_out_y, suspect=suspect)
 
     @property
     def few_errors(self) -> bool:

@@ -161,8 +161,8 @@ def remove_in_rounds(
     the mean of two: the one with that weight, and, counting twice, another that is fitted on the training examples as
     well, in which atypical examples weigh 10 and the groups of both are purer.  Where a class has fewer than 10
     atypical ones held out, it is the latter alone.  A weight of 3 follows, and then no training examples, where the
-    cross-fitted accuracy on the worst group, as inferred, falls by more than a standard error.  The first head's weight
-    is chosen without training examples, which the network has fitted.
+    cross-fitted accuracy on the worst group, as inferred, falls by more than a standard error of the difference.  The
+    first head's weight is chosen without training examples, which the network has fitted.
 
     Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
     the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
@@ -245,7 +245,8 @@ def remove_in_rounds(
         for more in JOINT_WEIGHTS:
             joint = [_Source(both, both.atypical(typical), more)]
             joined = judge(0.0, best.weight)
-            if _worst(joined.right, held_out.group)[0] >= worst - standard_error:
+            joint_worst, its_error = _worst(joined.right, held_out.group)
+            if joint_worst >= worst - math.hypot(standard_error, its_error):
                 tried = [joined]
                 break
             joint = []

@@ -39,6 +39,7 @@ from demem.sites import Gates, gives_logits, remove_gates
 from demem.tracing import linear_score
 
 FINE_TUNE_LR = 1e-4
+FOLLOWS_THE_PROBE = "a refit would follow the early probe, and lose examples that it gets wrong"
 HELD_OUT = 50_000  # held-out examples that the head is refitted on and judged by, where there are more
 
 Choose = Callable[[Sequence[Round], Examples, Groups], int]
@@ -97,6 +98,11 @@ def remove_and_refit(
         if ordinary is not None and broadcast(gives_back(ordinary, rounds[0], held_out, groups.typical)):
             rounds.append(ordinary)
             chosen, why = len(rounds) - 1, UNDONE
+    if chosen > 0 and why and groups.suspect is not None:
+        suspect = groups.suspect[_some_held_out(groups)]
+        gains = (rounds[chosen].right.int() - rounds[0].right.int()).cpu()[suspect]
+        if broadcast(int(gains.sum()) < 0):
+            chosen, why = 0, FOLLOWS_THE_PROBE
     why = why or "choose() says so"
     records = broadcast(
         [round_.record(held_out.group, i == chosen, i > 0, why * (i == chosen)) for i, round_ in enumerate(rounds)]
@@ -166,11 +172,16 @@ def _read_held_out(data: RunData, groups: Groups, description: str) -> tuple[Exa
             "of the network (LoRA, a residual branch that started at zero) takes part in them."
         )
     held_out = Examples(rows.activations[site.name], rows.y, groups.held_out.to(rows.y.device))
-    if len(rows) <= HELD_OUT:
-        return held_out, rows.position.cpu()
-    # All of the small groups, and equally many of the others: balanced subsets are what they were.
-    some = draw_evenly(groups.held_out, HELD_OUT, torch.Generator().manual_seed(0)).to(rows.y.device)
+    some = _some_held_out(groups).to(rows.y.device)
     return Examples(*(values[some] for values in held_out)), rows.position[some].cpu()
+
+
+def _some_held_out(groups: Groups) -> Tensor:
+    """Which of the held-out examples are looked at: all of the small groups, and equally many of the others, so that
+    balanced subsets are what they were."""
+    if len(groups.held_out) <= HELD_OUT:
+        return torch.arange(len(groups.held_out))
+    return draw_evenly(groups.held_out, HELD_OUT, torch.Generator().manual_seed(0))
 
 
 def describe_rounds(groups: Groups, rounds: Sequence[RoundRecord], fine_tuned_on: int) -> str:
