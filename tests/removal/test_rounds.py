@@ -12,6 +12,7 @@ from demem.removal import (
     choose_round,
     clearly_better,
     explain_round,
+    memorization_weight,
     purify,
     remove_in_rounds,
     worst_group,
@@ -500,17 +501,6 @@ def test_training_examples_take_no_part_where_more_are_held_out():
     assert [len(r) for r in rounds] == [5, 5]
 
 
-def test_training_examples_take_no_part_where_they_cost_the_worst_group():
-    held_out = _hidden_minority(400, 2)[0]
-    train = _hidden_minority(2000, 3)[0]
-    misleading = train._replace(features=-train.features)  # a network that fits them says nothing of new ones
-    typical = torch.tensor([0, 2])
-    args = {"num_classes": 2, "shares": (), "typical": typical}
-    alone, joined = (remove_in_rounds(misleading, held_out, _head(train), **args, join=j) for j in (False, True))
-    assert len(alone) == len(joined) == 5
-    assert all(torch.equal(a.right, b.right) for a, b in zip(alone, joined, strict=True))
-
-
 def test_a_weight_is_not_chosen_that_makes_a_refit_too_dear():
     from demem.removal.rounds import _best_on_average  # which weight it was does not show in a joint head
 
@@ -535,21 +525,46 @@ def test_a_weight_is_not_chosen_that_makes_a_refit_too_dear():
     assert _best_on_average([cheap, dear], misled, held_out, typical).weight == 30.0
 
 
-@pytest.mark.parametrize(
-    ("n", "seed", "alone", "weight"), [(100, 2, True, 3.0), (200, 5, False, 10.0), (400, 2, False, 3.0)]
-)
-def test_the_joint_head_is_fitted_on_held_out_and_training_examples(n, seed, alone, weight):
-    held_out, train = _hidden_minority(n, seed)[0], _hidden_minority(2000, 3)[0]
+def _fitted(n, seed):
+    """Training examples that a network has fitted, and its head, for which new ones are noise there."""
+    train, head = _hidden_minority(n, seed)[0], torch.zeros(2, 10)
+    train.features[:, 9] = 12.0 * train.y - 6
+    head[:, 9] = torch.tensor([-1.0, 1.0])
+    return train, LinearHead(head, torch.zeros(2))
+
+
+def test_a_fitted_example_weighs_as_much_more_as_the_head_misses_less_of_it():
     typical = torch.tensor([0, 2])
+    held_out, (train, head) = _hidden_minority(400, 2)[0], _fitted(2000, 3)
+    missed = {}
+    for name, examples in (("train", train), ("held out", held_out)):
+        p = torch.sigmoid(2 * examples.features[:, 9] * (2 * examples.y - 1))  # of the label
+        missed[name] = float((1 - p)[examples.group % 2 == 1].mean())
+    assert missed["held out"] / missed["train"] > 10
+    assert memorization_weight(head, train, held_out, typical) == 10
+    assert memorization_weight(head, held_out, train, typical) == 1
+    weaker = LinearHead(0.1 * head.weight, head.bias)
+    p = [torch.sigmoid(0.2 * e.features[:, 9] * (2 * e.y - 1))[e.group % 2 == 1] for e in (train, held_out)]
+    expected = float((1 - p[1]).mean() / (1 - p[0]).mean())
+    assert 1 < expected < 10
+    assert memorization_weight(weaker, train, held_out, typical) == pytest.approx(expected, rel=1e-4)
+    none = held_out._replace(group=2 * held_out.y)
+    assert memorization_weight(head, train, none, typical) == 1
+
+
+@pytest.mark.parametrize(("n", "alone", "fitted"), [(100, True, False), (400, False, False), (400, False, True)])
+def test_the_joint_head_is_fitted_on_held_out_and_training_examples(n, alone, fitted):
+    typical, held_out = torch.tensor([0, 2]), _hidden_minority(n, 2)[0]
+    train, trained = _fitted(2000, 3) if fitted else (_hidden_minority(2000, 3)[0], _head(held_out))
     purer = purify(held_out, train, typical)
     both = purer.joined(purify(train, purer, typical))
-    weights = torch.where(both.atypical(typical), weight, 1.0)
+    weights = torch.where(both.atypical(typical), 10.0 if fitted else 1.0, 1.0)
     heads = [fit_balanced(both.features, both.y, both.group, num_classes=2, weights=weights)]
     args = {"num_classes": 2, "shares": (), "typical": typical}
     if not alone:  # the mean of two, in which this one counts twice
         heads.append(heads[0])
-        heads.append(max(remove_in_rounds(train, held_out, _head(train), **args)[1:], key=lambda r: r.worst).head)
-    head = remove_in_rounds(train, held_out, _head(train), **args, join=True)[-1].head
+        heads.append(max(remove_in_rounds(train, held_out, trained, **args)[1:], key=lambda r: r.worst).head)
+    head = remove_in_rounds(train, held_out, trained, **args, join=True)[-1].head
     assert torch.allclose(head.weight, average_heads(heads).weight, atol=1e-5)
 
 

@@ -29,7 +29,7 @@ from demem.removal.forget import (
 )
 from demem.removal.information import attribute_information, group_moments, information_gradient
 from demem.removal.interventions import apply, intervene, intervene_weights
-from demem.removal.joint import Examples, purify
+from demem.removal.joint import Examples, memorization_weight, purify
 from demem.removal.ordinary import UNDONE, gives_back, ordinary_refit
 from demem.removal.rewind import Harm, balanced_losses, harm_scores, rewind, rewindable_sites
 from demem.removal.rounds import (
@@ -86,6 +86,7 @@ __all__ = [
     "intervene",
     "intervene_weights",
     "masked_units",
+    "memorization_weight",
     "most_informed",
     "ordinary_refit",
     "plan_fits",

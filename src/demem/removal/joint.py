@@ -3,7 +3,8 @@
 Inferred groups are not pure: an example that the early probe gets wrong may be a hard one of the typical group.  The
 trained network knows the attribute better than the probe did.  Within a class, a head on what it shows tells the
 atypical examples from the typical ones; hard typical examples have nothing in common with each other, so that a head
-that was fitted without such an example takes it for a typical one (:func:`purify`).
+that was fitted without such an example takes it for a typical one (:func:`purify`).  Nor do training examples say as
+much as new ones: the network has memorised them, the minority above all (:func:`memorization_weight`).
 
 Source: own.  Cross-fitted pruning of wrong labels: Northcutt et al. 2021; joint use of training and held-out examples:
 our measurements (``benchmarks/NOTES.md``).
@@ -16,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from demem.linear import crossfit, fit_balanced
+from demem.linear import LinearHead, crossfit, fit_balanced
 from demem.removal.budget import JUDGED
 
+MOST = 10.0  # times that an atypical example weighs, of a network that has fitted those of training
 FEWEST_SPLIT = 10  # inferred atypical examples of a class; fewer are all kept
 
 
@@ -83,6 +85,36 @@ def purify(examples: Examples, others: Examples, typical: Tensor, l2: float = 1e
         rows = here.nonzero()[:, 0][marked]
         group[rows[odds < otsu(odds)]] = usual
     return examples._replace(group=group)
+
+
+def memorization_weight(head: LinearHead, train: Examples, held_out: Examples, typical: Tensor) -> float:
+    r"""How many times more a head misses of the atypical held-out examples than of those that it was trained on.
+
+    .. math:: \min\Bigl(10,\; \max\Bigl(1,\; \frac{\operatorname{mean}_{s \in H} (1 - p_s)}
+       {\operatorname{mean}_{s \in T} (1 - p_s)}\Bigr)\Bigr)
+
+    with the probability :math:`p_s` that the head gives the label of an atypical example of the training set T and of
+    the held-out set H.  :math:`1 - p_s` is what the logit of the label adds to the gradient of the logistic loss, so
+    a memorised example must weigh so many times more to say as much as a new one.  1 where nothing is memorised, or
+    none is held out.
+
+    Args:
+        head: as trained.
+        train, held_out: examples with inferred groups.
+        typical: ``(C,)`` group of each class (:func:`demem.groups.largest_groups`).
+
+    Example: of two atypical examples of one class the head has fitted that of training.
+
+        >>> head = LinearHead(torch.tensor([[1.0], [-1.0]]), torch.zeros(2))
+        >>> fitted, new = (Examples(torch.tensor([[x]]), torch.tensor([0]), torch.tensor([1])) for x in (1.0, 0.0))
+        >>> round(memorization_weight(head, fitted, new, torch.tensor([0, 2])), 2)  # 0.5 / 0.12
+        4.19
+    """
+    misses = [
+        float((1 - head(e.features[rows]).softmax(1).gather(1, e.y[rows][:, None])).mean()) if bool(rows.any()) else 0.0
+        for e, rows in ((e, e.atypical(typical)) for e in (train, held_out))
+    ]
+    return min(MOST, max(1.0, misses[1] / max(misses[0], 1e-12)))
 
 
 def _log_odds(x: Tensor, marked: Tensor, others: Tensor, others_marked: Tensor, l2: float) -> Tensor:

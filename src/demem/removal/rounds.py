@@ -15,7 +15,7 @@ from torch import Tensor
 
 from demem.linear import LinearHead, average_heads, balanced_weights, crossfit, fit_balanced, fit_linear
 from demem.removal.budget import FOLDS, KEPT, Plan, plan_fits
-from demem.removal.joint import Examples, purify
+from demem.removal.joint import Examples, memorization_weight, purify
 from demem.tracing import atypical_by_margin, linear_score, margins, members_of
 
 ATYPICAL_WEIGHTS = (1.0, 3.0, 10.0, 30.0)
@@ -25,7 +25,6 @@ SMOOTHING = 0.02
 TRACED = 500  # training examples of each group that units and heads are traced on, where there are more
 FEWEST_JUDGED = 5  # examples of a group; fewer say nothing of its accuracy
 FEWEST_WEIGHED = 10  # atypical examples of a class; fewer do not say how much more they should weigh
-JOINT_WEIGHTS = (10.0, 3.0)  # of an atypical example where training examples are fitted as well
 FEWEST_ATYPICAL = 2  # examples of a class; a head balanced on fewer follows chance
 ONE_SIDED = 1.645  # standard errors: 5%
 LIKELY = 0.5  # standard errors: the odds are two to one
@@ -159,10 +158,11 @@ def remove_in_rounds(
     refit gives the others.  Of the weights the one that is best on the mean of the groups stays, as on the worst of
     them a head that guesses often is, and of those that :func:`choose_round` would not call too dear.  The head is then
     the mean of two: the one with that weight, and, counting twice, another that is fitted on the training examples as
-    well, in which atypical examples weigh 10 and the groups of both are purer.  Where a class has fewer than 10
-    atypical ones held out, it is the latter alone.  A weight of 3 follows, and then no training examples, where the
-    cross-fitted accuracy on the worst group, as inferred, falls by more than a standard error of the difference.  The
-    first head's weight is chosen without training examples, which the network has fitted.
+    well, in which an atypical example weighs as much as the network has memorised those of training
+    (:func:`memorization_weight`) and the groups of both are purer.  Where a class has fewer than 10 atypical ones held
+    out, it is the latter alone.  The first head's weight is chosen without training examples, which the network has
+    fitted.  Whether they help is not asked: of the held-out minority those that are inferred are the hardest, and say
+    otherwise even where they help most.
 
     Each later round scores the units by their impact on the atypical held-out examples under a head that was fitted on
     the *training* examples alone (:func:`demem.tracing.linear_score`: there the spurious pattern is at work), masks the
@@ -241,15 +241,8 @@ def remove_in_rounds(
     if few and typical is not None:
         best = _best_on_average(tried, rounds[0], held_out, typical)
         both = purer.joined(purify(train, purer, typical, l2))
-        worst, standard_error = _worst(best.right, held_out.group)
-        for more in JOINT_WEIGHTS:
-            joint = [_Source(both, both.atypical(typical), more)]
-            joined = judge(0.0, best.weight)
-            joint_worst, its_error = _worst(joined.right, held_out.group)
-            if joint_worst >= worst - math.hypot(standard_error, its_error):
-                tried = [joined]
-                break
-            joint = []
+        joint = [_Source(both, both.atypical(typical), memorization_weight(trained, train, held_out, typical))]
+        tried = [judge(0.0, best.weight)]
     rounds += tried
     weight = best.weight
     if not shares:
