@@ -5,6 +5,7 @@ from benchmarks.results import read_jsonl
 from benchmarks.speed.scale import curves, draw, exponent
 
 
+@pytest.mark.slow
 def test_the_command_measures_prints_and_draws(tmp_path, capsys):
     assert main(["speed", "scale", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
     rows = read_jsonl(tmp_path / "scale.jsonl")
