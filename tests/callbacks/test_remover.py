@@ -831,6 +831,21 @@ def test_the_layer_is_chosen_on_some_examples_of_a_large_set(monkeypatch, limit,
     assert _same_groups(*(replace(r.groups, why="") for r in (remover, whole)))
 
 
+def test_a_limit_takes_some_of_the_examples_of_a_larger_one(monkeypatch):
+    read, read_split = [], Split.read
+
+    def spy(self, *args, **options):
+        rows = read_split(self, *args, **options)
+        read.append(rows.position)
+        return rows
+
+    monkeypatch.setattr("demem.run.detection.CHOSEN_ON", 70)
+    monkeypatch.setattr(Split, "read", spy)
+    _fit(MemorizationRemover(max_examples=113), epochs=1)
+    assert [len(position) for position in read[:2]] == [70, 113]
+    assert bool(torch.isin(*read[:2]).all())
+
+
 def test_limits_hold_for_the_first_of_several_training_loaders():
     class First(Net):
         def training_step(self, batch, batch_idx):

@@ -62,6 +62,16 @@ def test_wrong_labels_are_told_from_a_minority():
     assert float(found.verdict.wrong_label[~flipped].mean()) < 0.05
 
 
+def test_wrong_labels_beside_a_shortcut_are_no_minority():
+    x, y, group = _digits(0.95)
+    flipped = torch.rand(len(y), generator=torch.Generator().manual_seed(0)) < 0.05
+    found = detect(_cnn(), [(x, torch.where(flipped, 1 - y, y))])
+    minority = (group % 2 != group // 2) & ~flipped
+    assert found.groups.shortcut
+    assert float(minority[found.minority].float().mean()) > 0.7
+    assert float(found.minority[minority].float().mean()) > 0.7
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
 def test_timm_models(name):
     x, y, _ = _digits(0.95)

@@ -55,10 +55,31 @@ def test_known_groups_stay_without_a_shortcut():
     assert _groups().informative
 
 
+def test_an_example_whose_label_looks_wrong_counts_as_typical():
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    index = torch.tensor([0, 1, 1, 1, 3, 3, 2])  # most of class 0 are called 1
+    groups = replace(_groups(), y=y, index=index, held_out=torch.tensor([0, 2]), held_out_y=torch.tensor([0, 1]))
+    assert groups.typical.tolist() == [1, 3]
+    kept = groups.without_wrong_labels(torch.tensor([0.9, 0, 0, 0, 0, 0, 0.5]), torch.tensor([0.5, 0.6]))
+    assert kept.index.tolist() == [1, 1, 1, 1, 3, 3, 2]
+    assert kept.held_out.tolist() == [0, 3]
+
+
+def test_suspects_are_what_the_probe_gets_wrong_where_it_follows_no_shortcut():
+    x, y = torch.tensor([[0.0], [0.1], [1.0], [0.9]]).repeat(8, 1), torch.tensor([0, 0, 1, 1]).repeat(8)
+    y[3] = 0
+    for min_sure in (0.0, 1.1):  # whatever the probe is sure of
+        groups = infer_groups(probe_shortcut(x, y, 2)._replace(found=min_sure == 0), y, x, y)
+        verdict = judge(torch.eye(2)[y], torch.eye(2)[y], y)
+        assert groups.judged(replace(verdict, kind="label noise")).suspect.nonzero().tolist() == [[3]]
+    found = infer_groups(probe_shortcut(x, y, 2)._replace(found=True), y, x, y)
+    assert found.judged(replace(verdict, kind="shortcut")).suspect is None
+
+
 def test_state_and_repr():
     groups = _groups(known=True, epoch=2)
     state = groups.state_dict()
-    assert all(isinstance(value, torch.Tensor | str | int | float | bool) for value in state.values())
+    assert all(isinstance(value, torch.Tensor | str | int | float | bool | None) for value in state.values())
     again = Groups(**state)
     assert repr(again) == repr(groups)
     assert "known groups" in repr(groups)

@@ -134,6 +134,29 @@ def test_a_minority_among_more_wrong_labels_is_one_that_the_probe_is_as_sure_of_
     assert verdict.kind == "undecided"
 
 
+def test_many_mistakes_with_right_labels_are_no_minority_among_wrong_labels():
+    verdict = Made(size=1000, minority=0.12, noise=0.15, knows=0.7, seed=2).judge()
+    assert 4 < verdict.z < 10
+    assert verdict.kind == "undecided"
+
+
+def test_wrong_labels_that_look_right_by_chance_are_no_minority():
+    verdict = Made(size=2000, minority=0.004, noise=0.026, seed=244).judge()
+    assert verdict.z > 4
+    assert verdict.minority == 0
+    assert verdict.kind == "undecided"
+
+
+def test_a_class_of_which_one_example_is_drawn_is_scored_all_the_same():
+    y = torch.arange(400) % 2
+    y[:3] = 2
+    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0)) + y[:, None]
+    for seed in range(10):  # in some of which one of the three is drawn
+        scores = second_opinion([x], y, y, 3, max_examples=150, seed=seed, smoothing=10.0)
+        assert bool(scores.isfinite().all())
+        assert bool(scores.abs().sum(1).all())
+
+
 def test_each_part_has_its_own_share_of_wrong_labels():
     train, held_out = Made(minority=0.05, noise=0.1), Made(size=1000, minority=0.5, seed=1)
     early = torch.cat([train.early, held_out.early])

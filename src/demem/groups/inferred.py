@@ -36,7 +36,7 @@ class Groups:
         why: the figures behind it, in one sentence.
         known: whether the groups are true ones of the held-out examples, transferred to the training examples.
         epoch: epochs of training that went before.
-        suspect: ``(H,)`` bool, held-out examples that the probe gets wrong, where it follows no shortcut.
+        suspect: ``(H,)`` bool, held-out examples that the probe gets wrong; ``None`` where the groups say it.
     """
 
     index: Tensor
@@ -105,8 +105,7 @@ class Groups:
         if self.known:
             return replace(self, shortcut=False)
         same = self.num_classes + 1
-        suspect = self.held_out != same * self.held_out_y if self.suspect is None else self.suspect
-        return replace(self, shortcut=False, index=same * self.y, held_out=same * self.held_out_y, suspect=suspect)
+        return replace(self, shortcut=False, index=same * self.y, held_out=same * self.held_out_y)
 
     @property
     def few_errors(self) -> bool:
@@ -150,7 +149,7 @@ class Groups:
         possible = verdict.kind not in ("label noise", "nothing") and few and not waits
         if self.shortcut and (decided or possible):
             few_and_sure = "" if verdict.kind == "shortcut" else "the probe makes few mistakes and is sure of many; "
-            return replace(self, kind="shortcut", why=few_and_sure + verdict.why)
+            return replace(self, kind="shortcut", why=few_and_sure + verdict.why, suspect=None)
         kind = "hard examples" if verdict.kind == "shortcut" else verdict.kind  # of which the probe is not sure
         return replace(self.without_shortcut(), kind=kind, why=verdict.why)
 
@@ -161,15 +160,12 @@ class Groups:
             wrong: ``(S,)`` probability that a training example's label is wrong (:func:`demem.groups.wrong_labels`).
             held_out_wrong: ``(H,)``, the same of a held-out example.
         """
-        same = self.num_classes + 1
-        return replace(
-            self,
-            index=torch.where(wrong.cpu() <= TRUSTED, self.index, same * self.y),
-            held_out=torch.where(held_out_wrong.cpu() <= TRUSTED, self.held_out, same * self.held_out_y),
-        )
+        index = torch.where(wrong.cpu() <= TRUSTED, self.index, self.typical[self.y])
+        held_out = torch.where(held_out_wrong.cpu() <= TRUSTED, self.held_out, self.typical[self.held_out_y])
+        return replace(self, index=index, held_out=held_out)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives, for a checkpoint; ``Groups(**state)`` is the opposite."""
+        """Tensors, primitives and ``None``, for a checkpoint; ``Groups(**state)`` is the opposite."""
         return asdict(self)
 
 
@@ -192,7 +188,8 @@ def infer_groups(
         >>> infer_groups(probe_shortcut(x, y, 2), y, x, y).sizes
         [16, 1, 0, 15]
     """
-    return _groups(probe, probe.groups(y), probe.groups(held_out_y, held_out_features), y, held_out_y, False, epoch)
+    groups = _groups(probe, probe.groups(y), probe.groups(held_out_y, held_out_features), y, held_out_y, False, epoch)
+    return replace(groups, suspect=(probe.head(held_out_features).argmax(1) != held_out_y).cpu())
 
 
 def known_groups(

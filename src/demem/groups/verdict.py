@@ -35,9 +35,9 @@ its p is small.  Under wrong labels alone :math:`-\ln p` has mean 1 nat and vari
 labels among the confident mistakes, and the local false discovery rate says it of each example.
 
 *A minority among wrong labels.*  Storey's estimate, of the confident mistakes and of the others, gives how many of each
-have a right label.  Where these are few in all, the share :math:`\sigma` that explains them is a minority's if it is at
-least half of them: the probe is as sure of a minority as of its right answers, and unsure of most hard examples,
-however many wrong labels there are beside them.  And what an ordinary fit gets right anyway is counted with each
+have a right label.  If there are few of these, and more than half must be systematic to explain how many are confident,
+they are a minority: the probe is as sure of one as of its right answers, and unsure of most hard examples, however many
+wrong labels there are beside them.  And what an ordinary fit gets right anyway is counted with each
 mistake's probability that its label is right, since nobody gets wrong labels right.
 
 Nothing here is trained on the example that is judged, so memorization hides nothing; and the rule speaks for a shortcut
@@ -73,10 +73,11 @@ EXCESS = 1.5  # times the confident mistakes that normal margins explain
 TAIL = 3.0  # times as many confident hard examples as normal margins explain are left out of the second test
 FEWEST = 5  # confident mistakes that must remain
 MOSTLY = 2 / 3  # of the systematic mistakes must be a minority's; hard examples among wrong labels look like one
-# Unless it is clear, in standard errors, that some labels are right, and these mistakes are few and half of them
-# systematic.
-CLEAR, HALF = 4.0, 0.5
-FEW_ERRORS = 0.15  # × chance's error
+CLEAR = 4.0  # standard errors of the second test, and
+HALF = 0.5  # of the mistakes with right labels systematic: then a shortcut all the same, if these mistakes are few
+FEW_ERRORS = (
+    0.15  # × chance's error; so few mistakes make a small minority, and little is lost if they were merely hard
+)
 CONFIRMING = "a second look sides with the labels"  # in the ``why`` of a shortcut
 NOISY = 0.2  # of the systematic mistakes are wrong labels
 TRUSTED = 0.5  # probability up to which a label is not taken for wrong
@@ -264,6 +265,7 @@ def second_opinion(
     if len(y) > max_examples:
         generator = torch.Generator().manual_seed(seed)
         fitted = torch.multinomial(weights.double().cpu(), max_examples, generator=generator).sort().values.to(y.device)
+        fitted = fitted[torch.bincount(y[fitted])[y[fitted]] >= 2]  # a lone one of a rare class cannot be cross-fitted
     others = torch.ones_like(y, dtype=torch.bool)
     others[fitted] = False
     # Drawn without replacement, a small group is exhausted; weights balance what came out.
@@ -429,7 +431,7 @@ def wrong_labels(
 ) -> Tensor:
     """Probability ``(S,)`` that the label of each example is wrong, see :attr:`Verdict.wrong_label`.
 
-    A verdict needs some examples, which :func:`closer_look` reads; this says it of all.
+    :func:`closer_look` says it of as many examples as a verdict needs, this of any number.
 
     Args:
         early, features, y, num_classes: see :func:`closer_look`.
@@ -453,10 +455,10 @@ def wrong_labels(
     confident, _ = confident_answers(early, y)
     p = resemblance(early, second_opinion(features, y, early.argmax(1), num_classes), y)
     parts = zip(*(torch.split(rows, list(sizes)) for rows in (p, mistake, confident)), strict=True)
-    return torch.cat([_null_probability(*part) for part in parts])
+    return torch.cat([_wrong_label_probability(*part) for part in parts])
 
 
-def _null_probability(p: Tensor, mistake: Tensor, confident: Tensor) -> Tensor:
+def _wrong_label_probability(p: Tensor, mistake: Tensor, confident: Tensor) -> Tensor:
     """That of each mistake, confident and other ones apart: a half where there is no p-value; 0 of right answers."""
     probability = torch.where(mistake, 0.5, 0.0).to(p)
     for rows in (confident, ~confident):
@@ -536,14 +538,14 @@ def judge(
     z, z_of_all = _surprise(tested), _surprise(ordered)
     recovered = (1 - null_share(p[sure])) * count - hard_and_sure
     minority = systematic * max(0.0, recovered) / max(count, 1)
-    wrong_label = _null_probability(p, mistake, confident)
+    wrong_label = _wrong_label_probability(p, mistake, confident)
 
     # 3. Is the probe as sure of those that look like their label as of its right answers?  Of a minority it is, of hard
     # examples among wrong labels it is not.
     recovered_sure, recovered_unsure = (float((1 - null_share(p[rows])) * rows.sum()) / size for rows in (sure, unsure))
     rightly_labelled = recovered_sure + recovered_unsure
     few = rightly_labelled <= FEW_ERRORS * (1 - 1 / early.shape[1])
-    alike = few and systematic_share(rightly_labelled, recovered_sure, quantile) >= HALF * rightly_labelled
+    alike = few and systematic_share(rightly_labelled, recovered_sure, quantile) > HALF * rightly_labelled
 
     figures = f"{count} confident mistakes, {explained:.0f} if all were hard; z = {z:.1f} for their labels"
     kind: Kind
@@ -564,7 +566,7 @@ def judge(
         beyond = max(THRESHOLD - above, (EXCESS * explained - count) / math.sqrt(max(explained, 1.0)))
     elif len(tested) < FEWEST:
         kind, why, beyond = "hard examples", "hard examples may explain the mistakes that it is sure of", 0.0
-    elif anyway_but_for_noise >= RIGHT_ANYWAY and systematic > minority:
+    elif anyway_but_for_noise >= RIGHT_ANYWAY and systematic - minority > NOISY * systematic:
         kind, why, beyond = "label noise", "but for labels that look wrong an ordinary fit gets the mistakes right", 0.0
     elif THRESHOLD <= z < BEYOND_DOUBT and minority < MOSTLY * systematic and not (z >= CLEAR and alike):
         kind, why, beyond = "undecided", "a second look sides with some labels, but most look wrong", 0.0

@@ -96,7 +96,7 @@ def memorization_weight(head: LinearHead, train: Examples, held_out: Examples, t
     with the probability :math:`p_s` that the head gives the label of an atypical example of the training set T and of
     the held-out set H.  :math:`1 - p_s` is what the logit of the label adds to the gradient of the logistic loss, so
     a memorised example must weigh so many times more to say as much as a new one.  1 where nothing is memorised, or
-    none is held out.
+    one of the two is without atypical examples.
 
     Args:
         head: as trained.
@@ -114,7 +114,7 @@ def memorization_weight(head: LinearHead, train: Examples, held_out: Examples, t
         float((1 - head(e.features[rows]).softmax(1).gather(1, e.y[rows][:, None])).mean()) if bool(rows.any()) else 0.0
         for e, rows in ((e, e.atypical(typical)) for e in (train, held_out))
     ]
-    return min(MOST, max(1.0, misses[1] / max(misses[0], 1e-12)))
+    return min(MOST, max(1.0, misses[1] / max(misses[0], 1e-12))) if bool(train.atypical(typical).any()) else 1.0
 
 
 def _log_odds(x: Tensor, marked: Tensor, others: Tensor, others_marked: Tensor, l2: float) -> Tensor:

@@ -59,7 +59,9 @@ def remove_and_refit(
     """Mask units that memorise, refit the head, and fine-tune the network.
 
     Where training drew inferred groups equally often and no refit over them is kept, an ordinary one undoes what that
-    cost (:func:`demem.removal.ordinary_refit`).
+    cost (:func:`demem.removal.ordinary_refit`).  Without a shortcut a refit on classes alone may lean on one that was
+    not found: it is refused if it loses held-out examples that the early probe gets wrong, unless ``choose`` differs
+    from demem's own choice.
 
     Args:
         data: of the run.
@@ -98,7 +100,7 @@ def remove_and_refit(
         if ordinary is not None and broadcast(gives_back(ordinary, rounds[0], held_out, groups.typical)):
             rounds.append(ordinary)
             chosen, why = len(rounds) - 1, UNDONE
-    if chosen > 0 and why and groups.suspect is not None:
+    if chosen > 0 and why and groups.suspect is not None and not groups.informative:
         suspect = groups.suspect[_some_held_out(groups)]
         gains = (rounds[chosen].right.int() - rounds[0].right.int()).cpu()[suspect]
         if broadcast(int(gains.sum()) < 0):
@@ -172,6 +174,8 @@ def _read_held_out(data: RunData, groups: Groups, description: str) -> tuple[Exa
             "of the network (LoRA, a residual branch that started at zero) takes part in them."
         )
     held_out = Examples(rows.activations[site.name], rows.y, groups.held_out.to(rows.y.device))
+    if len(rows) <= HELD_OUT:
+        return held_out, rows.position.cpu()
     some = _some_held_out(groups).to(rows.y.device)
     return Examples(*(values[some] for values in held_out)), rows.position[some].cpu()
 

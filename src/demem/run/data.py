@@ -95,10 +95,13 @@ class Split:
     ) -> Iterator[tuple[Tensor, Batch]]:
         """This process's examples with their positions, see :func:`demem.run.passes.examples`; call this within
         :func:`demem.run.undisturbed`."""
-        sizes = [size for size in (limit, self.max_examples) if size is not None]
+        sizes = [size for size in (self.max_examples, limit) if size is not None]
         most = min(sizes) if sizes else None
-        if only is None and self.positions is not None:
-            only = self.positions if most is None else evenly_spaced(self.positions, most)
+        both = len(sizes) == 2 and self.has_positions  # the fewer are some of the more
+        if only is None and (self.positions is not None or both):
+            only = positions_drawn_from(self.trainer, self.loader) if self.positions is None else self.positions
+            for size in sizes:
+                only = evenly_spaced(only, size)
         return examples(self.trainer, self.pl_module, self.loader, description, most, only)
 
     def batches_at(self, positions: Tensor, size: int) -> Iterator[Batch]:

@@ -18,6 +18,7 @@ from demem.groups import (
     wrong_labels,
 )
 from demem.metrics import require_groups
+from demem.run.cure import changed_data
 from demem.run.data import Rows, RunData
 from demem.run.head import read_head
 from demem.run.loaders import evenly_spaced
@@ -41,7 +42,8 @@ def infer_groups_of_run(
     """Probe the layers on the training examples, and give these and the held-out examples a group.
 
     Where there are more than 20,000 training examples, the layer is chosen on that many, and then read of all.  What
-    the probe gets wrong is judged on 2,000 of them (:func:`demem.groups.judge`).
+    the probe gets wrong is judged on 2,000 of them (:func:`demem.groups.judge`).  If that finds wrong labels beside a
+    shortcut, before training, one more pass over the held-out examples judges each label (at most 20,000 of both sets).
 
     Args:
         data: of the run.
@@ -78,9 +80,9 @@ def infer_groups_of_run(
             here = torch.searchsorted(train.position, first.position[some])
             verdict = closer_look(probe.logits[here], judged_on, first.y[some], classes, trained=bool(before))
             groups = groups.judged(verdict)
-            # All processes or none read once more.
-            if data.trainer.strategy.broadcast(groups.shortcut and verdict.noisy and not before):
-                groups = _trusted(data, groups, probe, first, train, sites, optional, what)
+            # All processes or none read once more; a network that has trained on wrong labels sides with them.
+            if data.trainer.strategy.broadcast(groups.shortcut and verdict.noisy and epoch == 0):
+                groups = _without_wrong_labels(data, groups, probe, train, held_out, first, sites, optional, what)
     elif held_out.group is None:
         raise ValueError(
             "use_groups=True, but the validation batches carry no groups. Yield (x, y, group), or set use_groups=False."
@@ -107,35 +109,36 @@ def numbered(group: Tensor) -> Tensor:
     return index if int(ids[-1]) >= len(group) else group
 
 
-def _trusted(
+def _without_wrong_labels(
     data: RunData,
     groups: Groups,
     probe: ShortcutProbe,
-    first: Rows,
     train: Rows,
+    held_out: Rows,
+    first: Rows,
     sites: Sequence[Site],
     optional: bool,
     what: str,
 ) -> Groups:
-    """The same groups, where examples whose labels are probably wrong count as typical, as do the mistakes of the probe
-    beyond the training examples that all layers are read of."""
-    held_out = data.held_out.read(sites, what, sketches=True, optional=optional)
+    """The same groups, where examples whose labels are probably wrong count as typical, as do mistakes of the probe
+    among the examples that not all layers are read of: beyond 20,000 (the training examples ``first``, and as many
+    held-out ones)."""
+    some = data.held_out.read(sites, what, sketches=True, optional=optional, limit=CHOSEN_ON)
     here = torch.searchsorted(train.position, first.position)
-    early = torch.cat([probe.logits[here], probe.head(held_out.activations[probe.site])])
-    both = [
-        torch.cat([rows, of_held_out[name]])
-        for of_first, of_held_out in (
-            (first.activations, held_out.activations),
-            (first.sketches, held_out.sketches),
-        )
+    there = torch.searchsorted(held_out.position, some.position)
+    shown = [
+        torch.cat([rows, of_some[name]])
+        for of_first, of_some in ((first.activations, some.activations), (first.sketches, some.sketches))
         for name, rows in of_first.items()
-        if name in of_held_out
+        if name in of_some
     ]
-    y = torch.cat([first.y, held_out.y])
-    wrong = wrong_labels(early, both, y, data.num_classes, [len(first), len(held_out)])
-    of_all = torch.ones(len(train), device=wrong.device)
-    of_all[here] = wrong[: len(first)]
-    return groups.without_wrong_labels(of_all, wrong[len(first) :])
+    if not torch.equal(held_out.position[there.clamp(max=len(held_out) - 1)], some.position):
+        raise changed_data()  # a stream
+    early = torch.cat([probe.logits[here], probe.head(held_out.activations[probe.site][there])])
+    wrong = wrong_labels(early, shown, torch.cat([first.y, some.y]), data.num_classes, [len(first), len(some)])
+    of_train, of_held_out = (torch.ones(len(rows), device=wrong.device) for rows in (train, held_out))
+    of_train[here], of_held_out[there] = wrong[: len(first)], wrong[len(first) :]
+    return groups.without_wrong_labels(of_train, of_held_out)
 
 
 def _some(rows: Rows, num_classes: int) -> Tensor:
