@@ -552,6 +552,27 @@ def test_a_fitted_example_weighs_as_much_more_as_the_head_misses_less_of_it():
     assert memorization_weight(head, train, none, typical) == 1
 
 
+def test_a_network_that_has_not_memorised_the_atypical_examples_and_gets_them_right_stays():
+    held_out, typical = _hidden_minority(400, 2)[0], torch.tensor([0, 2])
+    sees = torch.zeros(2, 10)
+    sees[:, 0] = torch.tensor([-2.0, 2.0])  # the class, and new examples as well as those of training
+    train, fitted = _fitted(2000, 3)
+    chosen = {}
+    for name, trained, on in (
+        ("sees", LinearHead(sees, torch.zeros(2)), _hidden_minority(2000, 3)[0]),
+        ("has fitted", LinearHead(sees + fitted.weight, torch.zeros(2)), train),
+        ("is misled", LinearHead(-sees, torch.zeros(2)), _hidden_minority(2000, 3)[0]),
+    ):
+        rounds = remove_in_rounds(on, held_out, trained, num_classes=2, shares=(), typical=typical, join=True)
+        better = replace(rounds[1], right=torch.ones(400, dtype=torch.bool), worst=1.0)
+        args = {"typical": typical, "impure": True}
+        chosen[name] = choose_round([rounds[0], better], held_out, **args)
+        if name == "sees":
+            assert rounds[0].memorized < 3
+            assert "hardly memorised" in explain_round(0, [rounds[0], better], held_out, **args)
+    assert chosen == {"sees": 0, "has fitted": 1, "is misled": 1}
+
+
 @pytest.mark.parametrize(("n", "alone", "fitted"), [(100, True, False), (400, False, False), (400, False, True)])
 def test_the_joint_head_is_fitted_on_held_out_and_training_examples(n, alone, fitted):
     typical, held_out = torch.tensor([0, 2]), _hidden_minority(n, 2)[0]
@@ -598,5 +619,8 @@ def test_a_single_held_out_example_is_enough_beside_training_ones():
     alone, joined = (remove_in_rounds(train, one, _head(train), **args, join=j) for j in (False, True))
     assert alone[-1].fitted_atypical == 1 < 10 < joined[-1].fitted_atypical
     same = torch.ones(len(one.y), dtype=torch.bool)  # neither is clearly better
-    chosen = [choose_round([replace(r, right=same) for r in rounds], one, typical) for rounds in (alone, joined)]
+    chosen = [
+        choose_round([replace(r, right=same, memorized=None) for r in rounds], one, typical)
+        for rounds in (alone, joined)
+    ]
     assert chosen == [0, 1]

@@ -251,7 +251,7 @@ def test_the_cure_can_be_undone(run):
     assert data.undo in text
     before = torch.load(folder / data.undo, weights_only=True)
     changes = {layer.layer: layer.change for layer in data.layers}
-    assert set(changes) == {name.rpartition(".")[0] for name in before}
+    assert {layer for layer, change in changes.items() if change > 0} == {name.rpartition(".")[0] for name in before}
     assert changes[list(changes)[-1]] > 0  # the head was refitted
 
 

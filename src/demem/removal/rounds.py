@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -30,8 +30,10 @@ ONE_SIDED = 1.645  # standard errors: 5%
 LIKELY = 0.5  # standard errors: the odds are two to one
 AFFORDABLE = 0.02  # of a class's typical examples may go wrong for a refit whose gain is uncertain
 MISLED = 0.5  # accuracy on atypical examples; below it the network follows something else than the class
+MEMORIZED = 3.0  # times more of the atypical examples missed held out than in training
 NOT_MISLED, DEAR = 2 / 3, 0.1  # from there on, at most so many of a class's typical examples may be lost on balance
 GAINS_MORE = "it gains the atypical examples that are alike more than it costs the others"
+NOT_MEMORIZED = "the network has hardly memorised the atypical examples, and gets most of the held-out ones right"
 TOO_DEAR = "the network gets most of the atypical examples right, and a refit would cost too many typical ones"
 WORSE_IN_SUM = "a refit would cost the average more than it gains the worst group"
 COSTS_MORE = "a refit would cost the typical examples more than it gains the atypical ones"
@@ -83,6 +85,7 @@ class Round:
         refit: gives the round's head.
         fold_heads: those that ``right`` comes from; none of the network as trained.
         fitted_atypical: atypical examples that the head is fitted on, of the class that has fewest of them.
+        memorized: of the network as trained, with ``join``: :func:`memorization_weight`.
         ordinary: the head counts all held-out examples alike (:func:`demem.removal.ordinary_refit`).
     """
 
@@ -97,6 +100,7 @@ class Round:
     refit: Callable[[], LinearHead]
     fold_heads: Sequence[LinearHead] = ()
     fitted_atypical: int = 0
+    memorized: float | None = None
     ordinary: bool = False
 
     def __repr__(self) -> str:
@@ -229,7 +233,8 @@ def remove_in_rounds(
     affordable = plan.kept == KEPT
     few = join and affordable and typical is not None and fewest < train.fewest_atypical(typical)
     purer = purify(held_out, train, typical, l2) if few and typical is not None else held_out
-    rounds, joint = [as_trained(purer, trained)], list[_Source]()
+    memorized = memorization_weight(trained, train, held_out, typical) if join and typical is not None else None
+    rounds, joint = [replace(as_trained(purer, trained), memorized=memorized)], list[_Source]()
     gate, score = rounds[0].gate, rounds[0].score
 
     def judge(share: float, weight: float) -> Round:
@@ -238,10 +243,10 @@ def remove_in_rounds(
 
     tried = [judge(0.0, float(w)) for w in heavier]
     best = max(tried, key=lambda round_: round_.worst)  # the first, and smallest, of equals
-    if few and typical is not None:
+    if few and typical is not None and memorized is not None:
         best = _best_on_average(tried, rounds[0], held_out, typical)
         both = purer.joined(purify(train, purer, typical, l2))
-        joint = [_Source(both, both.atypical(typical), memorization_weight(trained, train, held_out, typical))]
+        joint = [_Source(both, both.atypical(typical), memorized)]
         tried = [judge(0.0, best.weight)]
     rounds += tried
     weight = best.weight
@@ -448,7 +453,9 @@ def choose_round(
     unknown, no class may lose by it, either.  It also stays so where it is clearly better itself, over those examples:
     a head that turns the shortcut round helps the atypical ones by less than it costs the typical ones.
 
-    Inferred groups may be wrong.  If the network gets two thirds of the atypical examples right, where a class has ten
+    Inferred groups may be wrong.  A network that gets two thirds of the atypical examples right, and misses hardly more
+    of them than of those that it was trained on (less than three times, :func:`memorization_weight`), has memorised no
+    minority, and stays.  If the network gets two thirds of the atypical examples right, where a class has ten
     of them, nothing misleads it much, and it stays where a refit would lose more than a tenth of a class's typical
     examples, and lower the average over all.  Where the shortcut is doubtful, that the refit helps must be likely, or
     cheap (:func:`worth_its_cost`).
@@ -526,6 +533,9 @@ def _decide(
     cell = 2 * held_out.y + purer
     known_enough = max(fewest, rounds[refit].fitted_atypical) >= FEWEST_ATYPICAL
     if groups_known and known_enough and not scattered:
+        gap = rounds[0].memorized
+        if gap is not None and gap < MEMORIZED and float(old[atypical].float().mean()) >= NOT_MISLED:
+            return 0, NOT_MEMORIZED
         if doubtful:
             worth, why = _weigh(new, old, held_out.y, atypical, purer)
             return (refit if worth else 0), why
