@@ -89,5 +89,6 @@ def test_processes_that_the_launcher_starts_do_what_one_process_does(tmp_path):
     assert torch.equal(groups["index"], expected["index"])  # of every example, by position
     assert torch.equal(groups["held_out"], expected["held_out"])
     assert groups["kind"] == expected["kind"] == "shortcut"
-    records = [content["remover"]["rounds"] for content in (alone, ranks[0])]
+    # Trained in batches of other examples, the two may decide differently whether an ordinary head follows.
+    records = [[r for r in content["remover"]["rounds"] if not r["ordinary"]] for content in (alone, ranks[0])]
     assert [(r["share"], r["weight"]) for r in records[1]] == [(r["share"], r["weight"]) for r in records[0]]
