@@ -37,8 +37,8 @@ labels among the confident mistakes, and the local false discovery rate says it 
 *A minority among wrong labels.*  Storey's estimate, of the confident mistakes and of the others, gives how many of each
 have a right label.  If there are few of these, and more than half must be systematic to explain how many are confident,
 they are a minority: the probe is as sure of one as of its right answers, and unsure of most hard examples, however many
-wrong labels there are beside them.  And what an ordinary fit gets right anyway is counted with each
-mistake's probability that its label is right, since nobody gets wrong labels right.
+wrong labels there are beside them.  And what an ordinary fit gets right anyway is counted with each mistake's
+probability that its label is right, since nobody gets wrong labels right.
 
 Nothing here is trained on the example that is judged, so memorization hides nothing; and the rule speaks for a shortcut
 on positive evidence only: where the second predictor cannot read the class, wrong labels and a minority look the same,
@@ -75,9 +75,7 @@ FEWEST = 5  # confident mistakes that must remain
 MOSTLY = 2 / 3  # of the systematic mistakes must be a minority's; hard examples among wrong labels look like one
 CLEAR = 4.0  # standard errors of the second test, and
 HALF = 0.5  # of the mistakes with right labels systematic: then a shortcut all the same, if these mistakes are few
-FEW_ERRORS = (
-    0.15  # × chance's error; so few mistakes make a small minority, and little is lost if they were merely hard
-)
+FEW_ERRORS = 0.15  # × chance's error; so few mistakes make a small minority: little is lost if they were merely hard
 CONFIRMING = "a second look sides with the labels"  # in the ``why`` of a shortcut
 NOISY = 0.2  # of the systematic mistakes are wrong labels
 TRUSTED = 0.5  # probability up to which a label is not taken for wrong
@@ -442,12 +440,10 @@ def wrong_labels(
         ValueError: as :func:`second_opinion`.
 
     Example:
-        >>> g = torch.Generator().manual_seed(0)
-        >>> y = torch.arange(600) % 2
-        >>> x = torch.randn(600, 4, generator=g) + 8 * y[:, None]
-        >>> wrong = torch.rand(600, generator=g) < 0.08
-        >>> early = torch.stack([4 - x[:, 0], x[:, 0] - 4], 1)
-        >>> found = wrong_labels(early, [x], torch.where(wrong, 1 - y, y), 2, [400, 200]) > 0.5
+        >>> x = torch.linspace(-4, 4, 600)[:, None]  # its sign is the class
+        >>> wrong = torch.arange(600) % 20 == 0
+        >>> label = ((x[:, 0] > 0) ^ wrong).long()
+        >>> found = wrong_labels(torch.cat([-x, x], 1), [x], label, 2, [400, 200]) > 0.5
         >>> float((found == wrong).float().mean()) > 0.99
         True
     """

@@ -110,11 +110,13 @@ def memorization_weight(head: LinearHead, train: Examples, held_out: Examples, t
         >>> round(memorization_weight(head, fitted, new, torch.tensor([0, 2])), 2)  # 0.5 / 0.12
         4.19
     """
-    misses = [
-        float((1 - head(e.features[rows]).softmax(1).gather(1, e.y[rows][:, None])).mean()) if bool(rows.any()) else 0.0
-        for e, rows in ((e, e.atypical(typical)) for e in (train, held_out))
-    ]
-    return min(MOST, max(1.0, misses[1] / max(misses[0], 1e-12))) if bool(train.atypical(typical).any()) else 1.0
+    missed = []
+    for features, y, rows in ((e.features, e.y, e.atypical(typical)) for e in (train, held_out)):
+        if not bool(rows.any()):
+            return 1.0
+        p = head(features[rows]).softmax(1).gather(1, y[rows][:, None])
+        missed.append(float((1 - p).mean()))
+    return min(MOST, max(1.0, missed[1] / max(missed[0], 1e-12)))
 
 
 def _log_odds(x: Tensor, marked: Tensor, others: Tensor, others_marked: Tensor, l2: float) -> Tensor:

@@ -428,7 +428,12 @@ def _is_dear(lost: float, right: Tensor, than: Tensor, inferred: Tensor) -> bool
     """Whether a network that gets most of the inferred atypical examples right would lose many typical ones, and more
     of all held-out examples than it gains: where the atypical ones are many, their gain may well be worth that."""
     falls = int(right.sum()) < int(than.sum())
-    return falls and lost > DEAR and float(than[inferred].float().mean()) >= NOT_MISLED
+    return falls and lost > DEAR and _gets_most_right(than, inferred)
+
+
+def _gets_most_right(right: Tensor, inferred: Tensor) -> bool:
+    """Whether two thirds of the inferred atypical examples are right, so that nothing misleads the network much."""
+    return float(right[inferred].float().mean()) >= NOT_MISLED
 
 
 def choose_round(
@@ -453,12 +458,11 @@ def choose_round(
     unknown, no class may lose by it, either.  It also stays so where it is clearly better itself, over those examples:
     a head that turns the shortcut round helps the atypical ones by less than it costs the typical ones.
 
-    Inferred groups may be wrong.  A network that gets two thirds of the atypical examples right, and misses hardly more
-    of them than of those that it was trained on (less than three times, :func:`memorization_weight`), has memorised no
-    minority, and stays.  If the network gets two thirds of the atypical examples right, where a class has ten
-    of them, nothing misleads it much, and it stays where a refit would lose more than a tenth of a class's typical
-    examples, and lower the average over all.  Where the shortcut is doubtful, that the refit helps must be likely, or
-    cheap (:func:`worth_its_cost`).
+    Inferred groups may be wrong.  A network that gets two thirds of the atypical examples right is not misled much.  It
+    stays if it misses less than three times as many of them as of those that it was trained on
+    (:func:`memorization_weight`), as it has then memorised no minority; and, where a class has ten of them, if a refit
+    would lose more than a tenth of a class's typical examples, and lower the average over all.  Where the shortcut is
+    doubtful, that the refit helps must be likely, or cheap (:func:`worth_its_cost`).
 
     Args:
         rounds: from :func:`remove_in_rounds`.
@@ -534,7 +538,7 @@ def _decide(
     known_enough = max(fewest, rounds[refit].fitted_atypical) >= FEWEST_ATYPICAL
     if groups_known and known_enough and not scattered:
         gap = rounds[0].memorized
-        if gap is not None and gap < MEMORIZED and float(old[atypical].float().mean()) >= NOT_MISLED:
+        if gap is not None and gap < MEMORIZED and _gets_most_right(old, atypical):
             return 0, NOT_MEMORIZED
         if doubtful:
             worth, why = _weigh(new, old, held_out.y, atypical, purer)
